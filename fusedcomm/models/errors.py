@@ -1,0 +1,9 @@
+"""What goes wrong with a checkpoint."""
+
+from __future__ import annotations
+
+from fusedcomm.errors import FusedCommError
+
+
+class CheckpointError(FusedCommError, ValueError):
+    """A checkpoint that cannot be loaded: another architecture, missing or ill-shaped tensors, wrong quantisation."""

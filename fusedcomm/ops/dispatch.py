@@ -1,0 +1,36 @@
+"""Which backend serves the local ops.
+
+The choice is made once for a device type and cached; a forced backend that cannot serve is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from fusedcomm import native
+from fusedcomm.env import Settings
+from fusedcomm.errors import SettingError
+
+
+@functools.cache
+def local_backend(device_type: str) -> str:
+    """``"native"`` or ``"torch"``: what runs norm and quantisation on tensors of this device type.
+
+    Reads the settings at its first call for a device type.
+
+    Raises:
+        SettingError: ``FUSEDCOMM_BACKEND`` (or ``FUSEDCOMM_DISABLE``) asks for what this machine cannot do.
+    """
+    return choose_local_backend(Settings.from_environ(), device_type, native_available=native.load() is not None)
+
+
+def choose_local_backend(settings: Settings, device_type: str, *, native_available: bool) -> str:
+    """The pure rule behind local_backend."""
+    can = {"torch": True, "native": device_type == "cpu" and native_available, "triton": False, "aiter": False}
+    wanted = settings.backend
+    if wanted is not None and not can[wanted]:
+        usable = " or ".join(name for name, ok in can.items() if ok)
+        raise SettingError(f"FUSEDCOMM_BACKEND: expected {usable} on {device_type} here, got {wanted!r}")
+    if wanted is not None:
+        return wanted
+    return "native" if can["native"] and not settings.disable else "torch"

@@ -1,0 +1,167 @@
+"""RMSNorm, with the residual addition before it and the quantisation after it."""
+
+from __future__ import annotations
+
+import torch
+
+from fusedcomm.ops import reference
+from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_norm, check_out
+from fusedcomm.ops.dispatch import local_backend
+from fusedcomm.ops.quant import check_quant_out, empty_quant
+from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_bias: float = 0.0, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """RMSNorm over the last dimension (Zhang and Sennrich, 2019), computed in fp32 and rounded once.
+
+    Args:
+        x: ``[..., H]``, bf16, fp16 or fp32, H up to 32,768; made contiguous if it is not.
+        weight: ``[H]``, dtype of x or fp32.
+        eps: added to the mean of squares; >= 0.
+        weight_bias: added to the weight (1 for Gemma).
+        out: written and returned; like x, contiguous, may be x itself.
+
+    Raises:
+        ValueError: a bad argument, with what was expected.
+    """
+    check_norm(x, None, weight, eps, weight_bias)
+    if out is not None:
+        check_out(out, x, "out")
+    if local_backend(x.device.type) == "torch":
+        result = reference.rms_norm(x, weight, eps, weight_bias=weight_bias)
+        return result if out is None else out.copy_(result)
+    out = _empty_like(x) if out is None else out
+    torch.ops.fusedcomm.rms_norm_out(x.contiguous(), weight.contiguous(), eps, weight_bias, out)
+    return out
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    weight_bias: float = 0.0,
+    out: AddRMSNorm | None = None,
+) -> AddRMSNorm:
+    """Adds the residual and norms the sum in one launch.
+
+    ``residual' = round(x + residual)``, ``norm = rms_norm(residual')``; with ``residual=None``, ``residual' = x``.
+
+    Args:
+        x: ``[..., H]``, bf16, fp16 or fp32, H up to 32,768; made contiguous if it is not.
+        residual: like x, or None.
+        weight: ``[H]``, dtype of x or fp32.
+        eps: added to the mean of squares; >= 0.
+        weight_bias: added to the weight (1 for Gemma).
+        out: written and returned; both like x, contiguous, two different tensors. ``out.residual`` may be the
+            residual, ``out.norm`` may be x.
+
+    Raises:
+        ValueError: a bad argument, with what was expected.
+    """
+    check_norm(x, residual, weight, eps, weight_bias)
+    if out is not None:
+        _check_norm_out(x, out.norm, out.residual)
+    if local_backend(x.device.type) == "torch":
+        result = reference.fused_add_rms_norm(x, residual, weight, eps, weight_bias=weight_bias)
+        return result if out is None else AddRMSNorm(out.norm.copy_(result.norm), out.residual.copy_(result.residual))
+    norm, residual_out = (_empty_like(x), _empty_like(x)) if out is None else out
+    torch.ops.fusedcomm.fused_add_rms_norm_out(
+        x.contiguous(), _contiguous(residual), weight.contiguous(), eps, weight_bias, norm, residual_out
+    )
+    return AddRMSNorm(norm, residual_out)
+
+
+def fused_add_rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    group_size: int = 128,
+    emit_bf16: bool = False,
+    scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+    fp8_dtype: torch.dtype = torch.float8_e4m3fn,
+    weight_bias: float = 0.0,
+    out: AddRMSNormQuant | None = None,
+) -> AddRMSNormQuant:
+    """Adds the residual, norms the sum and quantises it per group in one launch.
+
+    The same bits as fused_add_rms_norm followed by per_group_quant_fp8.
+
+    Args:
+        x, residual, weight, eps, weight_bias: as for fused_add_rms_norm.
+        group_size, scale_layout, fp8_dtype: as for per_group_quant_fp8.
+        emit_bf16: also return the normed rows, in the dtype of x, as ``norm``; otherwise ``norm`` is None.
+        out: written and returned; ``out.norm`` is a tensor exactly if ``emit_bf16``.
+
+    Raises:
+        ValueError: a bad argument, with what was expected.
+    """
+    check_norm(x, residual, weight, eps, weight_bias)
+    check_group_size(x.shape[-1], group_size)
+    check_fp8_dtype(fp8_dtype)
+    x = x.contiguous()
+    if out is not None:
+        check_quant_out(x, group_size, scale_layout, fp8_dtype, GroupQuant(out.fp8, out.scale, scale_layout))
+        if (out.norm is not None) != emit_bf16:
+            got = "None" if out.norm is None else "a tensor"
+            raise ValueError(f"out.norm: expected a tensor exactly if emit_bf16, got {got} with emit_bf16={emit_bf16}")
+        _check_norm_out(x, out.norm, out.residual)
+    if local_backend(x.device.type) == "torch":
+        result = reference.fused_add_rms_norm_quant(
+            x,
+            residual,
+            weight,
+            eps,
+            group_size=group_size,
+            emit_bf16=emit_bf16,
+            scale_layout=scale_layout,
+            fp8_dtype=fp8_dtype,
+            weight_bias=weight_bias,
+        )
+        return result if out is None else _copy_to(out, result)
+    if out is None:
+        fp8, scale = empty_quant(x, group_size, scale_layout, fp8_dtype)
+        out = AddRMSNormQuant(fp8, scale, _empty_like(x), _empty_like(x) if emit_bf16 else None, scale_layout)
+    torch.ops.fusedcomm.fused_add_rms_norm_quant_out(
+        x,
+        _contiguous(residual),
+        weight.contiguous(),
+        eps,
+        weight_bias,
+        group_size,
+        out.fp8,
+        out.scale,
+        out.residual,
+        out.norm,
+    )
+    return out
+
+
+def _empty_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _check_norm_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.Tensor) -> None:
+    check_out(residual, x, "out.residual")
+    if norm is None:
+        return
+    check_out(norm, x, "out.norm")
+    # r' is read again after the first norm has been written
+    if norm is residual:
+        raise ValueError("out.norm: expected another tensor than out.residual, got the same")
+
+
+def _copy_to(out: AddRMSNormQuant, result: AddRMSNormQuant) -> AddRMSNormQuant:
+    for to, value in zip(out[:4], result[:4], strict=True):
+        if to is not None and value is not None:
+            to.copy_(value)
+    return out
