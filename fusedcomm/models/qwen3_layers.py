@@ -36,8 +36,7 @@ class Step:
     batch_size: int
     cos: torch.Tensor  # [S, head_dim / 2] fp32
     sin: torch.Tensor
-    mask: torch.Tensor | None  # [S, length + S] bool, None: causal from the first position, or one row that sees all
-    cache: KVCache | None
+    cache: KVCache | None  # empty, or S is 1: then causal attention needs no mask
 
 
 def is_block_fp8(config: Qwen3Config, *modules: str) -> bool:
@@ -98,8 +97,7 @@ class Qwen3Attention(nn.Module):
             q,
             k,
             v,
-            attn_mask=step.mask,
-            is_causal=step.mask is None and q.shape[2] > 1,
+            is_causal=q.shape[2] > 1,
             enable_gqa=heads != kv_heads,
         )
         return self.o_proj(out.transpose(1, 2).reshape(-1, heads * self.head_dim))  # type: ignore[no-any-return]

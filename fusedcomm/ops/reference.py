@@ -30,7 +30,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_bias: 
     """RMSNorm of ``x [..., H]`` in fp32, rounded once to its dtype."""
     r = x.float()
     mean = tree_sum(r * r) / x.shape[-1]
-    inv = 1.0 / torch.sqrt(mean + eps)
+    # torch's fp32 sqrt is not always correctly rounded (it may come from a vector maths library); by way of fp64 both
+    # steps are: 53 bits are enough for an innocuous second rounding of a 24-bit root or quotient.
+    root = (mean + eps).double().sqrt().float()
+    inv = root.double().reciprocal().float()
     return (r * inv.unsqueeze(-1) * (weight.float() + weight_bias)).to(x.dtype)
 
 
