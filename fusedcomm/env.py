@@ -71,6 +71,7 @@ class Settings:
     timeout_s: float = _setting(60.0, _parse_timeout, "deadline of every wait, in seconds")
     debug: bool = _setting(False, _parse_bool, "1: ranks compare every call before making it")
     buffer_mb: int = _setting(16, _parse_buffer_mb, "size of the slab of a rank, in MiB")
+    host_id: str | None = _setting(None, str, "take this for the identity of the host (tests of several hosts)")
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -101,3 +102,8 @@ class Settings:
             source = "environment" if environ.get(variable, "").strip() else "default"
             rows.append(SettingInfo(variable, getattr(self, f.name), f.default, source, f.metadata["help"]))
         return rows
+
+
+def launcher_environ() -> Mapping[str, str]:
+    """The environment, for the variables of torchrun, mpirun and srun (fusedcomm.groups.bootstrap)."""
+    return os.environ

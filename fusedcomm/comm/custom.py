@@ -1,0 +1,183 @@
+"""The custom all-reduce and its fused forms over a symmetric buffer (csrc/cpu/communicator.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fusedcomm import errors
+from fusedcomm.comm.symmetric_buffer import Exchange, SymmetricBuffer
+from fusedcomm.comm.tuning import Tuning
+from fusedcomm.native import CommConfig, Native
+
+# cpu::Failure of csrc/cpu/communicator.h
+_FAILURES: dict[int, type[errors.GroupBrokenError]] = {
+    1: errors.PeerTimeoutError,
+    2: errors.PeerDiedError,
+    3: errors.CallMismatchError,
+    4: errors.GroupBrokenError,
+}
+
+
+class CustomAllReduce:
+    """One rank's end of the shared-memory collectives. Owns the buffer and the native communicator.
+
+    Arguments are checked by the caller (GroupCoordinator); tensors are contiguous CPU tensors.
+    """
+
+    def __init__(
+        self,
+        native: Native,
+        exchange: Exchange,
+        rank: int,
+        world_size: int,
+        *,
+        slot_bytes: int,
+        tuning: Tuning,
+        timeout_s: float,
+        pids: Sequence[int],
+    ) -> None:
+        """Sets up together with all ranks.
+
+        Raises:
+            SetupError: on all ranks alike, if it fails on one.
+        """
+        self._native = native
+        self._ops = native.ops
+        size = native.segment_bytes(slot_bytes)
+        buffer = SymmetricBuffer.create(exchange, rank, size, native.segment_init)
+        pidfds = [_open_pidfd(pid) for pid in pids]
+        config = CommConfig(
+            rank=rank,
+            world_size=world_size,
+            slot_bytes=slot_bytes,
+            piece_bytes=tuning.piece_bytes,
+            one_shot_max_bytes=tuning.one_shot_max_bytes,
+            chunk_bytes=tuning.chunk_bytes,
+            spins=tuning.spins,
+            yield_ns=tuning.yield_ns,
+            timeout_ns=int(timeout_s * 1e9),
+        )
+        addresses = (ctypes.c_void_p * world_size)(*buffer.addresses)
+        self._handle: int = native.comm_create(ctypes.byref(config), addresses, (ctypes.c_int32 * world_size)(*pidfds))
+        self.buffer_kind = buffer.kind
+        # also runs when the interpreter exits
+        self._release = weakref.finalize(self, _release, native, self._handle, buffer, pidfds)
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Sum over ranks of x into out, both ``[...]`` of one dtype."""
+        self._complete(self._ops.comm_all_reduce, x, out)
+
+    def allreduce_rmsnorm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        norm: torch.Tensor,
+        residual_out: torch.Tensor,
+    ) -> None:
+        """All-reduce + add + RMSNorm in one launch."""
+        self._complete(self._ops.comm_allreduce_rmsnorm, x, residual, weight, eps, weight_bias, norm, residual_out)
+
+    def allreduce_rmsnorm_quant(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        group_size: int,
+        fp8: torch.Tensor,
+        scale: torch.Tensor,
+        residual_out: torch.Tensor,
+        norm: torch.Tensor | None,
+    ) -> None:
+        """All-reduce + add + RMSNorm + per-group quantisation in one launch."""
+        self._complete(
+            self._ops.comm_allreduce_rmsnorm_quant,
+            x,
+            residual,
+            weight,
+            eps,
+            weight_bias,
+            group_size,
+            fp8,
+            scale,
+            residual_out,
+            norm,
+        )
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x of every rank, in rank order, into out ``[world_size, ...]``; any dtype."""
+        self._complete(self._ops.comm_all_gather, x, out)
+
+    def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """Part ``rank`` of the sum over ranks of x ``[world_size, ...]`` into out."""
+        self._complete(self._ops.comm_reduce_scatter, x, out)
+
+    def broadcast(self, x: torch.Tensor, src: int) -> None:
+        """x of rank ``src`` into x of the others; any dtype."""
+        self._complete(self._ops.comm_broadcast, x, src)
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it."""
+        self._complete(self._ops.comm_barrier)
+
+    def counts(self) -> dict[str, int]:
+        """How many all-reduces (plain or fused) took one-shot and two-shot."""
+        counts = (ctypes.c_uint64 * 2)()
+        self._native.comm_counts(self._handle, counts)
+        return {"one_shot": counts[0], "two_shot": counts[1]}
+
+    def abandon(self) -> None:
+        """After ``fork``, in the child: forget the group without telling the peers anything."""
+        self._release.detach()
+
+    def close(self) -> None:
+        """Unmaps everything; peers that still wait for this rank get an error. Closing twice is fine."""
+        self._release()
+
+    def _complete(self, op: Callable[..., bool], *arguments: Any) -> None:
+        handle = self._handle
+        try:
+            # False after a while asleep: Python's signal handlers run here, between two calls.
+            while not op(handle, *arguments):
+                pass
+        except BaseException as error:
+            raise self._translate(error) from None
+
+    def _translate(self, error: BaseException) -> BaseException:
+        handle = self._handle
+        if self._native.comm_in_call(handle):
+            # Ctrl-C, or an exception from a signal handler: this rank leaves a collective that the others are in.
+            self._native.comm_fail(handle, f"a collective was interrupted by {type(error).__name__}".encode())
+            return error
+        failure = _FAILURES.get(self._native.comm_failure(handle))
+        if failure is None or not isinstance(error, RuntimeError):
+            return error
+        return failure(str(error).partition("\n")[0])
+
+
+def _open_pidfd(pid: int) -> int:
+    if pid == os.getpid():
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return -1  # a kernel or sandbox without pidfd: a dead peer is then noticed at the deadline
+
+
+def _release(native: Native, handle: int, buffer: SymmetricBuffer, pidfds: Sequence[int]) -> None:
+    native.comm_close(handle)
+    native.comm_destroy(handle)
+    buffer.close()
+    for fd in pidfds:
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,131 @@
+"""What a collective will do, decided from facts that all its ranks share.
+
+``choose_plan`` is pure: same facts, same plan, on every rank. That is why no rank can fall back alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+
+from fusedcomm.env import Settings
+from fusedcomm.ops.types import ScaleLayout
+
+OPS = ("all_reduce", "allreduce_rmsnorm", "allreduce_rmsnorm_quant")
+
+
+class Stage(str, Enum):
+    """The ways to complete a collective, fastest first."""
+
+    FUSED = "fused"
+    """One launch does all-reduce + add + RMSNorm + quantisation."""
+    FUSED_NORM = "fused_norm"
+    """One launch does all-reduce + add + RMSNorm; a second quantises."""
+    CUSTOM = "custom"
+    """Custom all-reduce; one local launch does the rest."""
+    PROCESS_GROUP = "process_group"
+    """All-reduce of torch.distributed; the same local launch."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+STAGES_OF = {
+    "all_reduce": (Stage.CUSTOM, Stage.PROCESS_GROUP),
+    "allreduce_rmsnorm": (Stage.FUSED_NORM, Stage.CUSTOM, Stage.PROCESS_GROUP),
+    "allreduce_rmsnorm_quant": (Stage.FUSED, Stage.FUSED_NORM, Stage.CUSTOM, Stage.PROCESS_GROUP),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything a plan depends on; each field is the same on all ranks (voted at creation, or part of the call)."""
+
+    op: str
+    num_tokens: int
+    hidden_size: int
+    dtype: torch.dtype
+    world_size: int
+    settings: Settings
+    custom_unavailable: str = ""
+    """Why the custom stages cannot serve this group; empty if they can."""
+    slot_bytes: int = 0
+    one_shot_max_bytes: int = 0
+    group_size: int = 128
+    scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages that can serve a call, fastest first, and why each faster one cannot."""
+
+    op: str
+    stages: tuple[Stage, ...]
+    reasons: dict[Stage, str] = field(default_factory=dict)
+    algorithm: str | None = None
+    """``"one_shot"`` or ``"two_shot"`` where a custom stage serves."""
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the call takes."""
+        return self.stages[0]
+
+    def __str__(self) -> str:
+        lines = []
+        for stage in STAGES_OF[self.op]:
+            if stage is self.stage:
+                algorithm = f" ({self.algorithm})" if self.algorithm else ""
+                lines.append(f"{self.op}: {stage}{algorithm}   <- taken")
+            elif stage in self.reasons:
+                lines.append(f"{self.op}: {stage}   not taken: {self.reasons[stage]}")
+            else:
+                lines.append(f"{self.op}: {stage}   eligible, slower")
+        return "\n".join(lines)
+
+
+def choose_plan(facts: Facts) -> Plan:
+    """The stages open to a call, fastest first; the process group always is."""
+    if facts.op not in OPS:
+        raise ValueError(f"op: expected one of {OPS}, got {facts.op!r}")
+    reasons = {}
+    stages = []
+    for stage in STAGES_OF[facts.op]:
+        reason = _why_not(stage, facts)
+        if reason:
+            reasons[stage] = reason
+        else:
+            stages.append(stage)
+    custom = stages[0] is not Stage.PROCESS_GROUP and facts.world_size > 1
+    return Plan(facts.op, tuple(stages), reasons, choose_algorithm(facts) if custom else None)
+
+
+def choose_algorithm(facts: Facts) -> str:
+    """``"one_shot"`` up to the measured crossing point, ``"two_shot"`` above; the kernel applies the same rule."""
+    message_bytes = facts.num_tokens * facts.hidden_size * facts.dtype.itemsize
+    return "two_shot" if message_bytes > facts.one_shot_max_bytes else "one_shot"
+
+
+def _why_not(stage: Stage, facts: Facts) -> str:
+    """Why a stage cannot serve; empty if it can."""
+    if stage is Stage.PROCESS_GROUP:
+        return ""
+    settings = facts.settings
+    if settings.disable:
+        return "FUSEDCOMM_DISABLE=1"
+    switch = {
+        Stage.FUSED: "disable_fused_ar_quant",
+        Stage.FUSED_NORM: "disable_fused_ar_norm",
+        Stage.CUSTOM: "disable_custom_ar",
+    }[stage]
+    if getattr(settings, switch):
+        return f"FUSEDCOMM_{switch.upper()}=1"
+    if settings.backend == "torch":
+        return "FUSEDCOMM_BACKEND=torch"
+    if facts.custom_unavailable:
+        return facts.custom_unavailable
+    row_bytes = facts.hidden_size * facts.dtype.itemsize
+    if facts.world_size > 1 and facts.op != "all_reduce" and stage is not Stage.CUSTOM and row_bytes > facts.slot_bytes:
+        return f"a row of {row_bytes} bytes does not fit a slot of {facts.slot_bytes} (FUSEDCOMM_BUFFER_MB)"
+    return ""

@@ -1,0 +1,142 @@
+"""Who the ranks of this job are and where they meet: torchrun, mpirun, srun, or a process alone."""
+
+from __future__ import annotations
+
+import re
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from fusedcomm.env import launcher_environ
+from fusedcomm.errors import FusedCommError
+
+_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
+_MPI_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+
+
+@dataclass(frozen=True)
+class RankFacts:
+    """Where this process stands in its job."""
+
+    launcher: str  # "torchrun", "mpi", "slurm" or "alone"
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def detect(environ: Mapping[str, str] | None = None) -> RankFacts:
+    """Reads the rank from what the launcher left in the environment, torchrun first.
+
+    Under mpirun the facts come from MPI itself (mpi4py), which this initialises.
+
+    Raises:
+        FusedCommError: started by mpirun without mpi4py, or with variables that contradict each other.
+    """
+    environ = launcher_environ() if environ is None else environ
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+        return _checked("torchrun", rank, size, _number(environ, "LOCAL_RANK", default=rank))
+    if any(v in environ for v in _MPI_RANK_VARIABLES) or any(v in environ for v in _MPI_SIZE_VARIABLES[:1]):
+        comm = _mpi_world()
+        return _checked("mpi", comm.Get_rank(), comm.Get_size(), _mpi_local_rank(comm))
+    # SLURM_STEP_ID is there only under srun: a batch script or an salloc shell is one process, whatever SLURM_NTASKS is
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        size = _number(environ, "SLURM_STEP_NUM_TASKS", default=_number(environ, "SLURM_NTASKS", default=1))
+        return _checked("slurm", _number(environ, "SLURM_PROCID"), size, _number(environ, "SLURM_LOCALID", default=0))
+    return RankFacts("alone", 0, 1, 0)
+
+
+def initialize(facts: RankFacts, timeout_s: float) -> None:
+    """Initialises torch.distributed (Gloo) for a job of several ranks; all ranks call it."""
+    timeout = timedelta(seconds=timeout_s)
+    if facts.launcher == "mpi":
+        store = _mpi_store(facts, timeout)
+        dist.init_process_group("gloo", store=store, rank=facts.rank, world_size=facts.world_size, timeout=timeout)
+    elif facts.launcher == "slurm":
+        host, port = slurm_rendezvous(launcher_environ())
+        dist.init_process_group(
+            "gloo",
+            init_method=f"tcp://{host}:{port}",
+            rank=facts.rank,
+            world_size=facts.world_size,
+            timeout=timeout,
+        )
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def slurm_rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
+    """Address and port of rank 0: ``MASTER_ADDR`` and ``MASTER_PORT`` if set, else first node and a port of the step."""
+    host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+    if "MASTER_PORT" in environ:
+        return host, _number(environ, "MASTER_PORT")
+    # steps of all jobs on a node get different ports, outside the ephemeral range
+    job, step = _number(environ, "SLURM_JOB_ID", default=0), _number(environ, "SLURM_STEP_ID", default=0)
+    return host, 15000 + (job * 31 + step) % 15000
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm host list: ``node[03-10,12],gpu1`` gives ``node03``."""
+    match = re.match(r"([^,\[]*)(?:\[([^\],\-]*)[^\]]*\]([^,\[]*))?", nodelist.strip())
+    if match is None or not match.group(0):
+        raise FusedCommError(f"SLURM_STEP_NODELIST: expected a host list, got {nodelist!r}")
+    return "".join(part or "" for part in match.groups())
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise FusedCommError(f"{name}: expected a whole number, got {text!r}") from None
+
+
+def _checked(launcher: str, rank: int, size: int, local_rank: int) -> RankFacts:
+    if not 0 <= rank < size:
+        raise FusedCommError(f"{launcher}: expected a rank between 0 and {size - 1}, got {rank}")
+    return RankFacts(launcher, rank, size, local_rank)
+
+
+def _mpi_world():  # type: ignore[no-untyped-def]  # mpi4py's types would make it a dependency of the type check
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise FusedCommError("started by mpirun, but mpi4py is not installed: pip install 'fusedcomm[mpi]'") from error
+    return MPI.COMM_WORLD
+
+
+def _mpi_local_rank(comm) -> int:  # type: ignore[no-untyped-def]
+    from mpi4py import MPI
+
+    local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
+    rank = int(local.Get_rank())
+    local.Free()
+    return rank
+
+
+def _mpi_store(facts: RankFacts, timeout: timedelta) -> dist.TCPStore:
+    """A store on rank 0; MPI carries its address as fixed bytes: no variable is needed, and nothing is pickled."""
+    comm = _mpi_world()
+    address = struct.Struct("<I252s")
+    data = bytearray(address.size)
+    own_host = socket.gethostname().encode()
+    hosts = bytearray(256 * facts.world_size)
+    comm.Allgather(bytearray(own_host.ljust(256, b"\0")), hosts)
+    one_host = all(hosts[i : i + 256].rstrip(b"\0") == own_host for i in range(0, len(hosts), 256))
+    store = None
+    if facts.rank == 0:
+        host = "127.0.0.1" if one_host else socket.getfqdn()
+        store = dist.TCPStore(host, 0, facts.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        address.pack_into(data, 0, store.port, host.encode())
+    comm.Bcast(data, root=0)
+    if store is not None:
+        return store
+    port, host_bytes = address.unpack(data)
+    host = host_bytes.rstrip(b"\0").decode()
+    return dist.TCPStore(host, port, facts.world_size, is_master=False, timeout=timeout)
