@@ -1,23 +1,21 @@
-"""What happens between the sublayers of a decoder layer: reduce, add, norm, quantise, in as few launches as can be."""
+"""What happens between the sublayers of a decoder layer: reduce, add, norm and quantise, in one launch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fusedcomm import ops
+from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.activation import Fp8Activation, LayerInput, NormFp8Activation
 from fusedcomm.layers.norm import RMSNorm
 from fusedcomm.layers.partial_sum import PartialSum
 from fusedcomm.layers.sharding import FP8_BLOCK
 
-if TYPE_CHECKING:
-    from fusedcomm.groups import GroupCoordinator
-
 
 class LayerOutput(NamedTuple):
-    """What a decoder layer hands on: its MLP's output (whole, or an unreduced sum) and the residual stream."""
+    """What a decoder layer hands on: its MLP's output (whole, or unreduced) and the residual stream."""
 
     hidden_states: torch.Tensor | PartialSum
     residual: torch.Tensor
@@ -26,18 +24,18 @@ class LayerOutput(NamedTuple):
 class LayerCommunicator:
     """The communication of one decoder layer, after SGLang's class of that name.
 
-    A layer is ``prepare_attn``, attention, ``prepare_mlp``, MLP, ``postprocess_layer``; hidden states and residual go
-    through each. Where attention and MLP return a PartialSum, its all-reduce happens inside the norm that
-    follows: prepare_mlp completes attention's sum, and the next layer's prepare_attn the MLP's.
+    A layer is ``prepare_attn``, attention, ``prepare_mlp``, MLP, ``postprocess_layer``; hidden states and
+    residual go through each. Where attention and MLP return a PartialSum, its all-reduce happens inside the
+    norm that follows: prepare_mlp completes attention's sum, and the next layer's prepare_attn the MLP's.
 
     Attention receives the normed rows; with ``enable_fused_ar_quant`` ``(fp8, scale)``, and with
-    ``fused_ar_quant_keep_bf16`` too ``(bf16, fp8, scale)``, for attention of which some parts read unquantised rows.
-    The MLP receives the normed rows, since a router needs them; where all of the MLP is FP8,
-    ``enable_fused_ar_quant_mlp`` gives it ``(fp8, scale)``.
-    ``is_last_layer``: postprocess_layer reduces, so that an ordinary norm may follow. Leave it False where the final
-    norm completes the sum itself (RMSNorm.forward_with_allreduce_fusion).
-    ``enable_fusion=False`` does the same in separate steps (all-reduce, add, norm, quantise) with the same result to
-    the bit, as long as the group's own kernels serve.
+    ``fused_ar_quant_keep_bf16`` too ``(bf16, fp8, scale)``, for attention of which some parts read
+    unquantised rows. The MLP receives the normed rows, since a router needs them; where all of the MLP is
+    FP8, ``enable_fused_ar_quant_mlp`` gives it ``(fp8, scale)``. ``is_last_layer``: postprocess_layer
+    reduces, so that an ordinary norm may follow. Leave it False where the final norm completes the sum itself
+    (RMSNorm.forward_with_allreduce_fusion). ``enable_fusion=False`` does the same in separate steps
+    (all-reduce, add, norm, quantise) with the same result to the bit, as long as the group's own kernels
+    serve.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class LayerCommunicator:
         self.enable_fusion = enable_fusion
 
     def prepare_attn(self, hidden_states: torch.Tensor | PartialSum, residual: torch.Tensor | None) -> LayerInput:
-        """Attention's input from the embedding's or the previous layer's output ``[..., H]``, and the new residual.
+        """Attention's input and the new residual, from the output of the embedding or previous layer.
 
         A residual of None starts the residual stream.
         """

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.partial_sum import PartialSum
 from fusedcomm.layers.sharding import WeightSlice, ceil_div, ragged_shard
 
-if TYPE_CHECKING:
-    from fusedcomm.groups import GroupCoordinator
-
 
 class _VocabParallel(nn.Module):
-    """This rank's rows of a ``[vocab_size, hidden_size]`` table; all ranks hold as many, the last padded with zeros."""
+    """This rank's rows of a ``[vocab_size, hidden_size]`` table; zeros pad the last ranks to as many rows."""
 
     def __init__(
         self,
@@ -88,9 +85,7 @@ class ParallelLMHead(_VocabParallel):
             ValueError: the embedding holds another table shape.
         """
         if embedding.weight.shape != self.weight.shape:
-            raise ValueError(
-                f"embedding: expected a table of {list(self.weight.shape)}, got {list(embedding.weight.shape)}"
-            )
+            raise ValueError(f"embedding: expected {list(self.weight.shape)}, got {list(embedding.weight.shape)}")
         self.weight = embedding.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.activation import HiddenStates
 from fusedcomm.layers.fp8_linear import BlockFP8Linear
 from fusedcomm.layers.local_linear import local_linear
@@ -21,9 +21,6 @@ from fusedcomm.layers.sharding import (
     even_shard,
     kv_head_shard,
 )
-
-if TYPE_CHECKING:
-    from fusedcomm.groups import GroupCoordinator
 
 _ALL = slice(None)
 
@@ -80,7 +77,8 @@ class _ColumnLinear(nn.Module):
 class ColumnParallelLinear(_ColumnLinear):
     """``y = x Wᵀ + bias`` with the rows of W ``[out_features, in_features]`` divided evenly.
 
-    Returns this rank's ``[..., out_features / world_size]``, or all of y on every rank with ``gather_output``.
+    Returns this rank's ``[..., out_features / world_size]``, or all of y on every rank with
+    ``gather_output``.
     """
 
     def __init__(
@@ -108,7 +106,8 @@ class ColumnParallelLinear(_ColumnLinear):
 class MergedColumnParallelLinear(_ColumnLinear):
     """Column-parallel matrices over one input in a single product: gate and up of a gated MLP.
 
-    Returns this rank's shares side by side, ``[..., sum(out_features) / world_size]``; local_sizes splits them.
+    Returns this rank's shares side by side, ``[..., sum(out_features) / world_size]``; local_sizes splits
+    them.
     """
 
     def __init__(
@@ -161,8 +160,9 @@ def _times(shard: RowShard, factor: int) -> RowShard:
 class RowParallelLinear(nn.Module):
     """``y = x Wᵀ + bias`` with the columns of W ``[out_features, in_features]`` divided evenly.
 
-    x is this rank's ``[..., in_features / world_size]``. Returns the sum over the ranks ``[..., out_features]``, or with
-    ``reduce_results=False`` this rank's PartialSum of it, for the next norm to complete.
+    x is this rank's ``[..., in_features / world_size]``. Returns the sum over the ranks ``[...,
+    out_features]``, or with ``reduce_results=False`` this rank's PartialSum of it, for the next norm to
+    complete.
     """
 
     def __init__(

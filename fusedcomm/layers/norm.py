@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import torch
 from torch import nn
 
 from fusedcomm import ops
-from fusedcomm.comm.collectives import allreduce_rmsnorm, allreduce_rmsnorm_quant
+from fusedcomm.collectives import allreduce_rmsnorm, allreduce_rmsnorm_quant
+from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.activation import Fp8Activation, LayerInput, NormFp8Activation
 from fusedcomm.layers.partial_sum import PartialSum
 from fusedcomm.layers.sharding import FP8_BLOCK, WeightSlice
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant
 
-if TYPE_CHECKING:
-    from fusedcomm.groups import GroupCoordinator
-
 
 class RMSNorm(nn.Module):
-    """``y = x / sqrt(mean(x²) + eps) · (weight + weight_bias)`` over the last dimension, in fp32, rounded once.
+    """``y = x / sqrt(mean(x²) + eps) · (weight + weight_bias)`` over the last dimension (Zhang, Sennrich).
 
-    Zhang and Sennrich, 2019. The weight is ``[hidden_size]``, of the dtype of x or fp32.
+    In fp32, rounded once. The weight is ``[hidden_size]``, of the dtype of x or fp32.
     """
 
     def __init__(
@@ -46,13 +44,17 @@ class RMSNorm(nn.Module):
     @overload
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> AddRMSNorm: ...
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | AddRMSNorm:
-        """Norm of ``x [..., H]``, or ``(norm, residual)`` of ``x + residual``; nothing is mutated, no communication."""
+        """Norm of ``x [..., H]``, or ``(norm, residual)`` of ``x + residual``; local, nothing is mutated."""
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, weight_bias=self.weight_bias)
         return ops.fused_add_rms_norm(x, residual, self.weight, self.eps, weight_bias=self.weight_bias)
 
     def forward_quant_per_group(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, group_size: int = FP8_BLOCK, keep_bf16: bool = False
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        group_size: int = FP8_BLOCK,
+        keep_bf16: bool = False,
     ) -> LayerInput:
         """Add, norm and FP8 quantisation of rows ``[..., H]`` that are complete already, in one launch."""
         return _layer_input(
@@ -76,8 +78,9 @@ class RMSNorm(nn.Module):
     ) -> AddRMSNorm:
         """``(norm, residual)`` of the sum of ``x [..., H]`` over the ranks, plus this rank's residual.
 
-        A collective call. x is this rank's addend: a PartialSum, or a tensor to be summed over ``group`` (None: the
-        tensor-parallel group). One launch where the group's plan allows it, else the next stage; the same bits either way.
+        A collective call. x is this rank's addend: a PartialSum, or a tensor to be summed over ``group``
+        (None: the tensor-parallel group). One launch where the group's plan allows it, else the next stage;
+        the same bits either way.
         """
         tensor, group = _addend(x, group)
         return allreduce_rmsnorm(tensor, residual, self.weight, self.eps, weight_bias=self.weight_bias, group=group)
@@ -91,10 +94,10 @@ class RMSNorm(nn.Module):
         *,
         group: GroupCoordinator | None = None,
     ) -> LayerInput:
-        """As forward_with_allreduce_fusion, and quantised to FP8 with a scale for each ``group_size`` neighbours.
+        """As forward_with_allreduce_fusion, then FP8 with a scale for each ``group_size`` neighbours.
 
-        Returns ``((fp8, scale), residual)``, or ``((bf16, fp8, scale), residual)`` with ``keep_bf16``; the inner tuples
-        are Fp8Activation and NormFp8Activation, which know their scales' layout.
+        Returns ``((fp8, scale), residual)``, or ``((bf16, fp8, scale), residual)`` with ``keep_bf16``; the
+        inner tuples are Fp8Activation and NormFp8Activation, which know their scales' layout.
         """
         tensor, group = _addend(x, group)
         return _layer_input(

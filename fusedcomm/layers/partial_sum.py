@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-if TYPE_CHECKING:
-    from fusedcomm.groups import GroupCoordinator
+from fusedcomm.groups.coordinator import GroupCoordinator
 
 
 class UnreducedSumError(TypeError, AttributeError):
@@ -66,7 +65,23 @@ def _refusing(name: str) -> Callable[..., NoReturn]:
 
 
 # Python looks operators up on the type, past __getattr__, so each needs a method.
-_BINARY = "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
-_OTHER = "lt le gt ge eq ne neg pos abs invert getitem setitem len iter contains bool float int index array".split()
-for _operator in [*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER]:
+_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_OTHER = (
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "neg",
+    "pos",
+    "abs",
+    "invert",
+    "getitem",
+    "setitem",
+    "len",
+    "iter",
+)
+_CONVERSIONS = ("contains", "bool", "float", "int", "index", "array")
+for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER, *_CONVERSIONS):
     setattr(PartialSum, f"__{_operator}__", _refusing(f"__{_operator}__"))

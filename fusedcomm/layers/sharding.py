@@ -69,9 +69,7 @@ def kv_head_shard(num_kv_heads: int, rank: int, world_size: int) -> RowShard:
     if num_kv_heads % world_size == 0:
         return even_shard(num_kv_heads, rank, world_size, name="num_kv_heads")
     if world_size % num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads: expected a multiple or a divisor of the group's {world_size} ranks, got {num_kv_heads}"
-        )
+        raise ValueError(f"num_kv_heads: expected a multiple or a divisor of {world_size} (ranks), got {num_kv_heads}")
     head = rank * num_kv_heads // world_size
     return RowShard(num_kv_heads, range(head, head + 1))
 

@@ -19,7 +19,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 @dataclass(frozen=True)
 class BlockFP8Config:
-    """``quantization_config`` of a block-FP8 checkpoint; the modules named (or below a name) are not quantised."""
+    """``quantization_config`` of a block-FP8 checkpoint; modules at or below the names are not quantised."""
 
     unquantized_modules: tuple[str, ...] = ()
 
@@ -69,14 +69,18 @@ class Qwen3Config:
         Raises:
             CheckpointError: a value is missing, ill-typed, or one that this model does not implement.
         """
-        architectures = raw.get("architectures") or [ARCHITECTURE if raw.get("model_type") == "qwen3" else None]
+        architectures = raw.get("architectures") or [
+            ARCHITECTURE if raw.get("model_type") == "qwen3" else None
+        ]
         if ARCHITECTURE not in architectures:
             raise _error("architectures", f"[{ARCHITECTURE!r}]", architectures)
         _refuse_unsupported(raw)
         num_heads = _positive_int(raw, "num_attention_heads")
         num_kv_heads = _positive_int(raw, "num_key_value_heads", default=num_heads)
         if num_heads % num_kv_heads:
-            raise _error("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})", num_kv_heads)
+            raise _error(
+                "num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})", num_kv_heads
+            )
         head_dim = _positive_int(raw, "head_dim", default=128)
         if head_dim % 2:
             raise _error("head_dim", "an even number", head_dim)
@@ -113,7 +117,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"path: expected a checkpoint directory with {path.name}, got {error}") from error
+        raise CheckpointError(
+            f"path: expected a checkpoint directory with {path.name}, got {error}"
+        ) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(raw, dict):

@@ -6,4 +6,4 @@ from fusedcomm.errors import FusedCommError
 
 
 class CheckpointError(FusedCommError, ValueError):
-    """A checkpoint that cannot be loaded: another architecture, missing or ill-shaped tensors, wrong quantisation."""
+    """A checkpoint that cannot be loaded: its architecture, tensors or quantisation are not as expected."""

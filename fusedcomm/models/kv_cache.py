@@ -15,7 +15,7 @@ class KeysValues(NamedTuple):
 
 
 class KVCache:
-    """Keys and values of every layer, ``[B, num_local_kv_heads, max_length, head_dim]`` each, filled from the left."""
+    """Keys and values of every layer, ``[B, num_local_kv_heads, max_length, head_dim]`` each."""
 
     def __init__(
         self,
@@ -36,14 +36,16 @@ class KVCache:
         """Positions that every layer holds."""
 
     def append(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> KeysValues:
-        """Writes ``keys`` and ``values [B, heads, S, D]`` behind what ``layer`` holds; returns views of all of it.
+        """Writes ``keys`` and ``values [B, heads, S, D]`` to ``layer``; returns views of all it holds.
 
         Raises:
             ValueError: they do not fit.
         """
         end = self.length + keys.shape[2]
         if end > self.max_length:
-            raise ValueError(f"keys: expected at most {self.max_length - self.length} more positions, got {keys.shape[2]}")
+            raise ValueError(
+                f"keys: expected at most {self.max_length - self.length} positions, got {keys.shape[2]}"
+            )
         self._keys[layer, :, :, self.length : end] = keys
         self._values[layer, :, :, self.length : end] = values
         return KeysValues(self._keys[layer, :, :, :end], self._values[layer, :, :, :end])

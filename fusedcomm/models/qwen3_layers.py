@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers import (
     LayerCommunicator,
     LayerOutput,
@@ -24,9 +24,6 @@ from fusedcomm.models.config import Qwen3Config
 from fusedcomm.models.errors import CheckpointError
 from fusedcomm.models.kv_cache import KVCache
 from fusedcomm.models.rope import apply_rope
-
-if TYPE_CHECKING:
-    from fusedcomm.groups import GroupCoordinator
 
 
 @dataclass(frozen=True)
@@ -47,12 +44,14 @@ def is_block_fp8(config: Qwen3Config, *modules: str) -> bool:
     """
     covered = {config.fp8 is not None and config.fp8.covers(module) for module in modules}
     if len(covered) > 1:
-        raise CheckpointError(f"modules_to_not_convert: expected all or none of {', '.join(modules)}, got some")
+        raise CheckpointError(
+            f"modules_to_not_convert: expected all or none of {', '.join(modules)}, got some"
+        )
     return covered.pop()
 
 
 class Qwen3Attention(nn.Module):
-    """Reads rows ``[B·S, H]`` (also as FP8) and returns their PartialSum ``[B·S, H]``; torch SDPA does the attention."""
+    """Causal attention (torch SDPA) from rows ``[B·S, H]``, also as FP8, to a PartialSum ``[B·S, H]``."""
 
     def __init__(self, config: Qwen3Config, group: GroupCoordinator, index: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -86,7 +85,9 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x: HiddenStates, step: Step) -> PartialSum:
         heads, kv_heads = self.qkv_proj.num_local_heads, self.qkv_proj.num_local_kv_heads
-        qkv = self.qkv_proj(x).view(step.batch_size, -1, heads + 2 * kv_heads, self.head_dim)  # [B, S, heads, D]
+        qkv = self.qkv_proj(x).view(
+            step.batch_size, -1, heads + 2 * kv_heads, self.head_dim
+        )  # [B, S, heads, D]
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         q = apply_rope(self.q_norm(q).transpose(1, 2), step.cos, step.sin)  # [B, heads, S, D]
         k = apply_rope(self.k_norm(k).transpose(1, 2), step.cos, step.sin)
@@ -147,11 +148,18 @@ class Qwen3DecoderLayer(nn.Module):
     """Attention and MLP with a LayerCommunicator before, between and after them."""
 
     def __init__(
-        self, config: Qwen3Config, group: GroupCoordinator, index: int, dtype: torch.dtype, enable_fusion: bool
+        self,
+        config: Qwen3Config,
+        group: GroupCoordinator,
+        index: int,
+        dtype: torch.dtype,
+        enable_fusion: bool,
     ) -> None:
         super().__init__()
         self.name = f"model.layers.{index}"
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device)
+        self.input_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device
+        )
         self.post_attention_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device
         )
@@ -167,7 +175,9 @@ class Qwen3DecoderLayer(nn.Module):
             enable_fusion=enable_fusion,
         )
 
-    def forward(self, hidden: torch.Tensor | PartialSum, residual: torch.Tensor | None, step: Step) -> LayerOutput:
+    def forward(
+        self, hidden: torch.Tensor | PartialSum, residual: torch.Tensor | None, step: Step
+    ) -> LayerOutput:
         attn_input, residual = self.communicator.prepare_attn(hidden, residual)
         mlp_input, residual = self.communicator.prepare_mlp(self.self_attn(attn_input, step), residual)
         return self.communicator.postprocess_layer(self.mlp(mlp_input), residual)
