@@ -18,7 +18,7 @@ def allreduce_rmsnorm(
     weight_bias: float = 0.0,
     group: GroupCoordinator | None = None,
 ) -> AddRMSNorm:
-    """All-reduce, residual addition and RMSNorm by the fastest eligible stage; see GroupCoordinator.allreduce_rmsnorm."""
+    """All-reduce, residual addition and RMSNorm by the fastest eligible stage, as GroupCoordinator's."""
     group = get_tp_group() if group is None else group
     return group.allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
 
@@ -55,7 +55,12 @@ def tensor_model_parallel_all_reduce(x: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_model_parallel_fused_allreduce_rmsnorm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, weight_bias: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    weight_bias: float = 0.0,
 ) -> AddRMSNorm | None:
     """GroupCoordinator.fused_allreduce_rmsnorm on the tensor-parallel group; None where no fused kernel is eligible."""
     return get_tp_group().fused_allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
@@ -72,7 +77,7 @@ def tensor_model_parallel_fused_allreduce_rmsnorm_quant_per_group(
     scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
     weight_bias: float = 0.0,
 ) -> AddRMSNormQuant | None:
-    """GroupCoordinator.fused_allreduce_rmsnorm_quant_per_group on the tensor-parallel group; None where not eligible."""
+    """The GroupCoordinator method of this name on the tensor-parallel group; None where not eligible."""
     return get_tp_group().fused_allreduce_rmsnorm_quant_per_group(
         x,
         residual,

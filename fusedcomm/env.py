@@ -66,7 +66,9 @@ class Settings:
     disable_fused_ar_quant: bool = _setting(False, _parse_bool, "1: quantise in a launch of its own")
     disable_aiter: bool = _setting(False, _parse_bool, "1: never call AMD's aiter")
     disable_aiter_sampling: bool = _setting(False, _parse_bool, "1: never call AMD's aiter for sampling")
-    backend: str | None = _setting(None, _parse_backend, "force native, aiter, triton or torch; an error if unsupported")
+    backend: str | None = _setting(
+        None, _parse_backend, "force native, aiter, triton or torch; an error if unsupported"
+    )
     deterministic: bool = _setting(False, _parse_bool, "1: only paths whose sums are in rank order")
     timeout_s: float = _setting(60.0, _parse_timeout, "deadline of every wait, in seconds")
     debug: bool = _setting(False, _parse_bool, "1: ranks compare every call before making it")

@@ -71,7 +71,7 @@ class CustomAllReduce:
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Sum over ranks of x into out, both ``[...]`` of one dtype."""
-        self._complete(self._ops.comm_all_reduce, x, out)
+        self._complete(self._ops.comm_all_reduce.default, x, out)
 
     def allreduce_rmsnorm(
         self,
@@ -84,7 +84,16 @@ class CustomAllReduce:
         residual_out: torch.Tensor,
     ) -> None:
         """All-reduce + add + RMSNorm in one launch."""
-        self._complete(self._ops.comm_allreduce_rmsnorm, x, residual, weight, eps, weight_bias, norm, residual_out)
+        self._complete(
+            self._ops.comm_allreduce_rmsnorm.default,
+            x,
+            residual,
+            weight,
+            eps,
+            weight_bias,
+            norm,
+            residual_out,
+        )
 
     def allreduce_rmsnorm_quant(
         self,
@@ -101,7 +110,7 @@ class CustomAllReduce:
     ) -> None:
         """All-reduce + add + RMSNorm + per-group quantisation in one launch."""
         self._complete(
-            self._ops.comm_allreduce_rmsnorm_quant,
+            self._ops.comm_allreduce_rmsnorm_quant.default,
             x,
             residual,
             weight,
@@ -116,19 +125,19 @@ class CustomAllReduce:
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x of every rank, in rank order, into out ``[world_size, ...]``; any dtype."""
-        self._complete(self._ops.comm_all_gather, x, out)
+        self._complete(self._ops.comm_all_gather.default, x, out)
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Part ``rank`` of the sum over ranks of x ``[world_size, ...]`` into out."""
-        self._complete(self._ops.comm_reduce_scatter, x, out)
+        self._complete(self._ops.comm_reduce_scatter.default, x, out)
 
     def broadcast(self, x: torch.Tensor, src: int) -> None:
         """x of rank ``src`` into x of the others; any dtype."""
-        self._complete(self._ops.comm_broadcast, x, src)
+        self._complete(self._ops.comm_broadcast.default, x, src)
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
-        self._complete(self._ops.comm_barrier)
+        self._complete(self._ops.comm_barrier.default)
 
     def counts(self) -> dict[str, int]:
         """How many all-reduces (plain or fused) took one-shot and two-shot."""

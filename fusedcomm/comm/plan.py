@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import torch
 
@@ -67,10 +68,15 @@ class Plan:
     algorithm: str | None = None
     """``"one_shot"`` or ``"two_shot"`` where a custom stage serves."""
 
-    @property
+    @cached_property
     def stage(self) -> Stage:
         """The stage that the call takes."""
         return self.stages[0]
+
+    @cached_property
+    def counter(self) -> str:
+        """The name under which GroupCoordinator.stats counts the call."""
+        return f"{self.op}.{self.stage}"
 
     def __str__(self) -> str:
         lines = []

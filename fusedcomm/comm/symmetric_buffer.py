@@ -1,8 +1,8 @@
 """Shared memory that every rank of a group allocates, exports and maps.
 
-First choice is an anonymous ``memfd`` that peers open through ``/proc/<pid>/fd``: it has no name, so nothing can be left
-behind, and the size of /dev/shm does not matter. Where a rank may not do that, all take a file in /dev/shm, whose name
-goes as soon as all have mapped it.
+First choice is an anonymous ``memfd`` that peers open through ``/proc/<pid>/fd``: it has no name, so nothing can be
+left behind, and the size of /dev/shm does not matter. Where a rank may not do that, all take a file in /dev/shm, whose
+name goes as soon as all have mapped it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,13 @@ class SetupError(RuntimeError):
     """A step of set-up failed on some rank; every rank of the group raises it with the same text."""
 
 
+# pid, fd, device, inode, size, name, error
+_EXPORT = struct.Struct("<qqQQQ96s280s")
+_ERROR_BYTES = 280
+
+
 class Export(NamedTuple):
-    """What a peer needs to map a segment, or why there is none. Its wire form is a fixed 384 bytes."""
+    """What a peer needs to map a segment, or why there is none. Its wire form has a fixed size."""
 
     pid: int
     fd: int
@@ -39,17 +44,15 @@ class Export(NamedTuple):
     name: str
     error: str
 
-    _FORMAT = struct.Struct("<qqQQQ64s280s")
-
     def pack(self) -> bytes:
-        return self._FORMAT.pack(
-            self.pid, self.fd, self.device, self.inode, self.size, self.name.encode(), _clip(self.error, 280)
+        return _EXPORT.pack(
+            self.pid, self.fd, self.device, self.inode, self.size, self.name.encode(), _clip(self.error, _ERROR_BYTES)
         )
 
     @classmethod
     def unpack(cls, data: bytes) -> Export:
-        *numbers, name, error = cls._FORMAT.unpack(data)
-        return cls(*numbers, name.rstrip(b"\0").decode(), error.rstrip(b"\0").decode(errors="replace"))
+        pid, fd, device, inode, size, name, error = _EXPORT.unpack(data)
+        return cls(pid, fd, device, inode, size, _unclip(name), _unclip(error))
 
 
 class Segment:
@@ -142,7 +145,7 @@ def _create_segments(
                 undo.callback(segments[-1].close)
         except OSError as failure:
             error = f"cannot map the segment of rank {len(segments)}: {failure}"
-        _raise_first_error([_unclip(data) for data in exchange(_clip(error, 280).ljust(280, b"\0"))])
+        _raise_first_error([_unclip(data) for data in exchange(_clip(error, _ERROR_BYTES).ljust(_ERROR_BYTES, b"\0"))])
 
         for e in exports:
             if e.name:

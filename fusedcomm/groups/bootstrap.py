@@ -8,8 +8,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 from fusedcomm.env import launcher_environ
 from fusedcomm.errors import FusedCommError
@@ -70,7 +72,7 @@ def initialize(facts: RankFacts, timeout_s: float) -> None:
 
 
 def slurm_rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port of rank 0: ``MASTER_ADDR`` and ``MASTER_PORT`` if set, else first node and a port of the step."""
+    """Host and port of rank 0: ``MASTER_ADDR`` and ``MASTER_PORT`` if set, else first node and a port of the step."""
     host = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_STEP_NODELIST", "127.0.0.1"))
     if "MASTER_PORT" in environ:
         return host, _number(environ, "MASTER_PORT")
@@ -103,7 +105,7 @@ def _checked(launcher: str, rank: int, size: int, local_rank: int) -> RankFacts:
     return RankFacts(launcher, rank, size, local_rank)
 
 
-def _mpi_world():  # type: ignore[no-untyped-def]  # mpi4py's types would make it a dependency of the type check
+def _mpi_world() -> Any:  # mpi4py's types would make it a dependency of the type check
     try:
         from mpi4py import MPI
     except ImportError as error:
@@ -111,7 +113,7 @@ def _mpi_world():  # type: ignore[no-untyped-def]  # mpi4py's types would make i
     return MPI.COMM_WORLD
 
 
-def _mpi_local_rank(comm) -> int:  # type: ignore[no-untyped-def]
+def _mpi_local_rank(comm: Any) -> int:
     from mpi4py import MPI
 
     local = comm.Split_type(MPI.COMM_TYPE_SHARED, comm.Get_rank())
@@ -120,7 +122,7 @@ def _mpi_local_rank(comm) -> int:  # type: ignore[no-untyped-def]
     return rank
 
 
-def _mpi_store(facts: RankFacts, timeout: timedelta) -> dist.TCPStore:
+def _mpi_store(facts: RankFacts, timeout: timedelta) -> Any:
     """A store on rank 0; MPI carries its address as fixed bytes: no variable is needed, and nothing is pickled."""
     comm = _mpi_world()
     address = struct.Struct("<I252s")
@@ -129,14 +131,15 @@ def _mpi_store(facts: RankFacts, timeout: timedelta) -> dist.TCPStore:
     hosts = bytearray(256 * facts.world_size)
     comm.Allgather(bytearray(own_host.ljust(256, b"\0")), hosts)
     one_host = all(hosts[i : i + 256].rstrip(b"\0") == own_host for i in range(0, len(hosts), 256))
-    store = None
+    store: Any = None
     if facts.rank == 0:
         host = "127.0.0.1" if one_host else socket.getfqdn()
-        store = dist.TCPStore(host, 0, facts.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-        address.pack_into(data, 0, store.port, host.encode())
+        master = TCPStore(host, 0, facts.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        address.pack_into(data, 0, master.port, host.encode())
+        store = master
     comm.Bcast(data, root=0)
     if store is not None:
         return store
     port, host_bytes = address.unpack(data)
     host = host_bytes.rstrip(b"\0").decode()
-    return dist.TCPStore(host, port, facts.world_size, is_master=False, timeout=timeout)
+    return TCPStore(host, port, facts.world_size, is_master=False, timeout=timeout)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import threading
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -19,21 +18,19 @@ import torch.distributed as dist
 from fusedcomm import native
 from fusedcomm.comm import process_group
 from fusedcomm.comm.custom import CustomAllReduce
+from fusedcomm.comm.guard import CallGuard
 from fusedcomm.comm.local import local_ops
-from fusedcomm.comm.plan import Facts, Plan, Stage, choose_plan
+from fusedcomm.comm.plan import OPS, Facts, Plan
+from fusedcomm.comm.stages import StagedCollectives
 from fusedcomm.comm.symmetric_buffer import SetupError
 from fusedcomm.comm.tuning import choose_tuning, slot_bytes
 from fusedcomm.env import Settings
-from fusedcomm.errors import CallMismatchError, FusedCommError, GroupBrokenError, GroupClosedError
+from fusedcomm.errors import FusedCommError
 from fusedcomm.groups.topology import Hello, agree
-from fusedcomm.ops.checks import check_group_size, check_norm, check_out, check_x
 from fusedcomm.ops.dispatch import choose_local_backend
-from fusedcomm.ops.quant import empty_quant
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 MAX_CUSTOM_WORLD_SIZE = 16
-_MAX_CACHED_PLANS = 1024
-_CALL_TEXT_BYTES = 256
 
 _groups: weakref.WeakSet[GroupCoordinator] = weakref.WeakSet()
 _fork_hook_installed = False
@@ -71,11 +68,8 @@ class GroupCoordinator:
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
         self._closed = False
-        self._broken: str | None = None
         self._forked = False
-        self._lock = threading.Lock()
-        self._stats: Counter[str] = Counter()
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self._guard: CallGuard | None = None
         self._custom: CustomAllReduce | None = None
         self._group: dist.ProcessGroup | None = None
         self._global_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -159,16 +153,7 @@ class GroupCoordinator:
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: a rank died, a wait passed its deadline, or ranks made different calls.
         """
-        check_x(x)
-        if out is not None:
-            check_out(out, x, "out")
-        hidden = x.shape[-1]
-        plan = self._plan("all_reduce", x.numel() // hidden if hidden else 0, hidden, x.dtype)
-        with self._call("all_reduce", x):
-            out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-            self._stats[f"all_reduce.{plan.stage}"] += 1
-            self._sum(plan.stage, x, out)
-            return out
+        return self._stages.all_reduce(x, out)
 
     def fused_allreduce_rmsnorm(
         self,
@@ -185,7 +170,7 @@ class GroupCoordinator:
         same arguments) completes by the staged path, with the same bits.
 
         Args:
-            x: this rank's partial sum ``[..., H]``, bf16, fp16 or fp32, H up to 32,768.
+            x: this rank's partial sum ``[..., H]``, bf16, fp16 or fp32, H up to 32,768; made contiguous if it is not.
             residual: like x, or None; this rank's own, it is not summed over ranks.
             weight: ``[H]``, dtype of x or fp32.
             eps: added to the mean of squares; >= 0.
@@ -198,10 +183,7 @@ class GroupCoordinator:
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
-        check_norm(x, residual, weight, eps, weight_bias)
-        if self._plan_rows("allreduce_rmsnorm", x).stage is not Stage.FUSED_NORM:
-            return None
-        return self.allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
+        return self._stages.allreduce_rmsnorm(x, residual, weight, eps, weight_bias, fused_only=True)
 
     def fused_allreduce_rmsnorm_quant_per_group(
         self,
@@ -227,19 +209,8 @@ class GroupCoordinator:
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
-        check_norm(x, residual, weight, eps, weight_bias)
-        check_group_size(x.shape[-1], group_size)
-        if self._plan_rows("allreduce_rmsnorm_quant", x, group_size).stage is not Stage.FUSED:
-            return None
-        return self.allreduce_rmsnorm_quant(
-            x,
-            residual,
-            weight,
-            eps,
-            group_size=group_size,
-            emit_bf16=emit_bf16,
-            scale_layout=scale_layout,
-            weight_bias=weight_bias,
+        return self._stages.allreduce_rmsnorm_quant(
+            x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, fused_only=True
         )
 
     def allreduce_rmsnorm(
@@ -252,14 +223,8 @@ class GroupCoordinator:
         weight_bias: float = 0.0,
     ) -> AddRMSNorm:
         """As fused_allreduce_rmsnorm, by the fastest stage that is eligible: it always completes."""
-        check_norm(x, residual, weight, eps, weight_bias)
-        plan = self._plan_rows("allreduce_rmsnorm", x)
-        with self._call("allreduce_rmsnorm", x):
-            self._stats[f"allreduce_rmsnorm.{plan.stage}"] += 1
-            if plan.stage is Stage.FUSED_NORM:
-                return self._fused_norm(x, residual, weight, eps, weight_bias)
-            total = self._sum(plan.stage, x)
-            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
+        result = self._stages.allreduce_rmsnorm(x, residual, weight, eps, weight_bias, fused_only=False)
+        return cast(AddRMSNorm, result)
 
     def allreduce_rmsnorm_quant(
         self,
@@ -274,84 +239,26 @@ class GroupCoordinator:
         weight_bias: float = 0.0,
     ) -> AddRMSNormQuant:
         """As fused_allreduce_rmsnorm_quant_per_group, by the fastest stage that is eligible: it always completes."""
-        check_norm(x, residual, weight, eps, weight_bias)
-        check_group_size(x.shape[-1], group_size)
-        plan = self._plan_rows("allreduce_rmsnorm_quant", x, group_size)
-        with self._call("allreduce_rmsnorm_quant", x, group_size):
-            self._stats[f"allreduce_rmsnorm_quant.{plan.stage}"] += 1
-            if plan.stage is Stage.FUSED:
-                return self._fused_quant(
-                    x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
-                )
-            if plan.stage is Stage.FUSED_NORM:
-                norm, residual_out = self._fused_norm(x, residual, weight, eps, weight_bias)
-                fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
-                return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
-            return self._local.fused_add_rms_norm_quant(
-                self._sum(plan.stage, x),
-                residual,
-                weight,
-                eps,
-                group_size=group_size,
-                emit_bf16=emit_bf16,
-                scale_layout=scale_layout,
-                weight_bias=weight_bias,
-            )
+        result = self._stages.allreduce_rmsnorm_quant(
+            x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, fused_only=False
+        )
+        return cast(AddRMSNormQuant, result)
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """The x of all ranks, joined along ``dim`` in rank order; x ``[...]`` has the same shape on every rank."""
-        dim = _check_dim(x, dim)
-        x = x.contiguous()
-        with self._call("all_gather", x):
-            out = x.new_empty(self.world_size, *x.shape)
-            if self._group is None:
-                out[0].copy_(x)
-            elif self._custom_moves():
-                self._custom.all_gather(x, out)
-            else:
-                process_group.all_gather(x, out, self._group)
-            # [W, a, n, b] -> [a, W * n, b]; along dim 0 this is a view
-            return out.movedim(0, dim).flatten(dim, dim + 1)
+        return self._stages.all_gather(x, dim)
 
     def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """This rank's share, along ``dim``, of the sum of x over the ranks; ``x.shape[dim]`` divides by world_size."""
-        check_x(x)
-        dim = _check_dim(x, dim)
-        if x.shape[dim] % self.world_size:
-            raise ValueError(f"x: expected a size along dim {dim} divisible by {self.world_size}, got {x.shape[dim]}")
-        parts = x.unflatten(dim, (self.world_size, -1)).movedim(dim, 0).contiguous()
-        with self._call("reduce_scatter", x):
-            out = torch.empty_like(parts[0])
-            if self._group is None:
-                out.copy_(parts[0])
-            elif self._custom_moves():
-                self._custom.reduce_scatter(parts, out)
-            else:
-                deterministic = self._settings.deterministic
-                process_group.reduce_scatter(parts, out, self.rank, self._group, deterministic=deterministic)
-            return out
+        return self._stages.reduce_scatter(x, dim)
 
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """x of group rank ``src``, written into x on the other ranks and returned; x is contiguous, of any dtype."""
-        if not 0 <= src < self.world_size:
-            raise ValueError(f"src: expected a rank between 0 and {self.world_size - 1}, got {src}")
-        _check_dim(x, 0 if x.dim() else -1)
-        if not x.is_contiguous():
-            raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
-        with self._call("broadcast", x, src):
-            if self._custom_moves():
-                self._custom.broadcast(x, src)
-            elif self._group is not None:
-                process_group.broadcast(x, src, self._group)
-            return x
+        return self._stages.broadcast(x, src)
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
-        with self._call("barrier"):
-            if self._custom_moves():
-                self._custom.barrier()
-            elif self._group is not None:
-                process_group.barrier(self._group)
+        self._stages.barrier()
 
     @contextlib.contextmanager
     def graph_capture(self) -> Iterator[None]:
@@ -376,21 +283,20 @@ class GroupCoordinator:
             raise ValueError(f"options: expected group_size alone, got {sorted(options)}")
         if not shape:
             raise ValueError("shape: expected at least one dimension, got ()")
-        num_tokens = 1
-        for size in shape[:-1]:
-            num_tokens *= size
-        return self._plan(op, num_tokens, shape[-1], dtype, group_size)
+        if op not in OPS:
+            raise ValueError(f"op: expected one of {OPS}, got {op!r}")
+        return self._stages.plan(op, torch.Size(shape), dtype, group_size)
 
     def stats(self) -> dict[str, int]:
         """How often each ``<op>.<stage>`` ran, and how many calls of the kernels were one-shot and two-shot."""
-        counts = dict(self._stats)
+        counts = dict(self._stages.stats)
         if self._custom is not None and not self._closed:
             counts.update({f"algorithm.{name}": n for name, n in self._custom.counts().items()})
         return counts
 
     def reset_stats(self) -> None:
         """Forgets the ``<op>.<stage>`` counts."""
-        self._stats.clear()
+        self._stages.stats.clear()
 
     # ---- life ----
 
@@ -399,6 +305,8 @@ class GroupCoordinator:
         if self._closed:
             return
         self._closed = True
+        if self._guard is not None and not self._forked:
+            self._guard.close()
         if self._custom is not None:
             if self._forked:
                 self._custom.abandon()
@@ -415,7 +323,7 @@ class GroupCoordinator:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "broken" if self._broken else "open"
+        state = "closed" if self._closed else "open" if self._guard and self._guard.usable else "broken"
         return f"GroupCoordinator(rank={self.rank}, world_size={self.world_size}, device={self.device}, {state})"
 
     # ---- inside ----
@@ -450,166 +358,55 @@ class GroupCoordinator:
             for line in agreement.disagreements:
                 warnings.warn(line, RuntimeWarning, stacklevel=4)
 
-        backend = choose_local_backend(self._settings, self.device.type, native_available=library is not None)
-        self._local = local_ops(backend)
-        self._slot_bytes = slot_bytes(self._settings.buffer_mb)
-        self._tuning = choose_tuning(self.world_size, agreement.cores, self._slot_bytes)
-        self._custom_unavailable = agreement.custom_unavailable
+        slot = slot_bytes(self._settings.buffer_mb)
+        tuning = choose_tuning(self.world_size, agreement.cores, slot)
+        unavailable = agreement.custom_unavailable
         if self.world_size > MAX_CUSTOM_WORLD_SIZE:
-            self._custom_unavailable = f"the kernels serve up to {MAX_CUSTOM_WORLD_SIZE} ranks, got {self.world_size}"
+            unavailable = f"the kernels serve up to {MAX_CUSTOM_WORLD_SIZE} ranks, got {self.world_size}"
         wanted = not self._settings.disable and self._settings.backend != "torch"
-        if self.world_size > 1 and wanted and not self._custom_unavailable and library is not None:
+        if self.world_size > 1 and wanted and not unavailable and library is not None:
             try:
                 self._custom = CustomAllReduce(
                     library,
                     self._exchange,
                     self.rank,
                     self.world_size,
-                    slot_bytes=self._slot_bytes,
-                    tuning=self._tuning,
+                    slot_bytes=slot,
+                    tuning=tuning,
                     timeout_s=self._settings.timeout_s,
                     pids=agreement.pids,
                 )
             except SetupError as error:
-                self._custom_unavailable = f"set-up failed: {error}"
-        if self._custom_unavailable and wanted and self.rank == 0:
+                unavailable = f"set-up failed: {error}"
+        if unavailable and wanted and self.world_size > 1 and self.rank == 0:
             warnings.warn(
-                f"no custom all-reduce, all ranks use the process group: {self._custom_unavailable}",
+                f"no custom all-reduce, all ranks use the process group: {unavailable}",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
+        backend = choose_local_backend(self._settings, self.device.type, native_available=library is not None)
+        self._guard = CallGuard(self._exchange, compare_calls=self._settings.debug)
+        self._stages = StagedCollectives(
+            self._guard,
+            self._custom,
+            self._group,
+            local_ops(backend),
+            functools.partial(
+                Facts,
+                world_size=self.world_size,
+                settings=self._settings,
+                custom_unavailable=unavailable,
+                slot_bytes=slot,
+                one_shot_max_bytes=tuning.one_shot_max_bytes,
+            ),
+            self._settings,
+            self.rank,
+            self.world_size,
+        )
+
     def _exchange(self, data: bytes) -> list[bytes]:
         return [data] if self._group is None else process_group.exchange_bytes(data, self._group)
-
-    def _plan_rows(self, op: str, x: torch.Tensor, group_size: int = 128) -> Plan:
-        return self._plan(op, x.numel() // x.shape[-1], x.shape[-1], x.dtype, group_size)
-
-    def _plan(self, op: str, num_tokens: int, hidden_size: int, dtype: torch.dtype, group_size: int = 128) -> Plan:
-        key = (op, num_tokens, hidden_size, dtype, group_size)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _MAX_CACHED_PLANS:
-                self._plans.clear()
-            plan = choose_plan(
-                Facts(
-                    op=op,
-                    num_tokens=num_tokens,
-                    hidden_size=hidden_size,
-                    dtype=dtype,
-                    world_size=self.world_size,
-                    settings=self._settings,
-                    custom_unavailable=self._custom_unavailable,
-                    slot_bytes=self._slot_bytes,
-                    one_shot_max_bytes=self._tuning.one_shot_max_bytes,
-                    group_size=group_size,
-                )
-            )
-            self._plans[key] = plan
-        return plan
-
-    def _custom_moves(self) -> bool:
-        """Whether data that is not summed goes through shared memory."""
-        return self._custom is not None and not self._settings.disable_custom_ar
-
-    def _sum(self, stage: Stage, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-        if self._group is None:
-            return torch.add(x, 0.0, out=out)  # a sum of one starts from +0 as well: -0 becomes +0
-        if stage is Stage.PROCESS_GROUP or self._custom is None:
-            process_group.all_reduce(x.contiguous(), out, self._group, deterministic=self._settings.deterministic)
-        else:
-            self._custom.all_reduce(x.contiguous(), out)
-        return out
-
-    def _fused_norm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_bias: float,
-    ) -> AddRMSNorm:
-        if self._custom is None:
-            return self._local.fused_add_rms_norm(
-                self._sum(Stage.CUSTOM, x), residual, weight, eps, weight_bias=weight_bias
-            )
-        x = x.contiguous()
-        result = AddRMSNorm(torch.empty_like(x), torch.empty_like(x))
-        residual = None if residual is None else residual.contiguous()
-        self._custom.allreduce_rmsnorm(x, residual, weight.contiguous(), eps, weight_bias, *result)
-        return result
-
-    def _fused_quant(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_bias: float,
-        group_size: int,
-        emit_bf16: bool,
-        scale_layout: ScaleLayout,
-    ) -> AddRMSNormQuant:
-        if self._custom is None:
-            return self._local.fused_add_rms_norm_quant(
-                self._sum(Stage.CUSTOM, x),
-                residual,
-                weight,
-                eps,
-                group_size=group_size,
-                emit_bf16=emit_bf16,
-                scale_layout=scale_layout,
-                weight_bias=weight_bias,
-            )
-        x = x.contiguous()
-        fp8, scale = empty_quant(x, group_size, scale_layout, torch.float8_e4m3fn)
-        residual_out = torch.empty_like(x)
-        norm = torch.empty_like(x) if emit_bf16 else None
-        residual = None if residual is None else residual.contiguous()
-        self._custom.allreduce_rmsnorm_quant(
-            x, residual, weight.contiguous(), eps, weight_bias, group_size, fp8, scale, residual_out, norm
-        )
-        return AddRMSNormQuant(fp8, scale, residual_out, norm, scale_layout)
-
-    @contextlib.contextmanager
-    def _call(self, op: str, x: torch.Tensor | None = None, option: int | None = None) -> Iterator[None]:
-        """Around every collective: refuses what cannot work, and remembers a failure."""
-        self._refuse_if_unusable()
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(f"{op}: the group is in use by another thread; a group serves one thread at a time")
-        try:
-            if self._settings.debug:
-                self._compare_calls(op, x, option)
-            yield
-        except GroupBrokenError as error:
-            self._broken = str(error)
-            raise
-        except KeyboardInterrupt:
-            self._broken = f"{op} was interrupted"
-            raise
-        finally:
-            self._lock.release()
-
-    def _refuse_if_unusable(self) -> None:
-        if self._forked:
-            raise GroupClosedError("the group was inherited through fork; a child process needs a group of its own")
-        if self._closed:
-            raise GroupClosedError("the group is closed")
-        if self._broken is not None:
-            raise GroupBrokenError(f"the group failed earlier and refuses further calls: {self._broken}")
-
-    def _compare_calls(self, op: str, x: torch.Tensor | None, option: int | None) -> None:
-        """FUSEDCOMM_DEBUG=1: all ranks fail on the first call that is not the same on all."""
-        call = op if x is None else f"{op}(shape={tuple(x.shape)}, dtype={x.dtype}"
-        call += "" if x is None else f", option={option})" if option is not None else ")"
-        texts = [
-            data.rstrip(b"\0").decode(errors="replace")
-            for data in self._exchange(call.encode()[:_CALL_TEXT_BYTES].ljust(_CALL_TEXT_BYTES, b"\0"))
-        ]
-        if len(set(texts)) > 1:
-            listed = ", ".join(f"rank {r} {text}" for r, text in enumerate(texts))
-            raise CallMismatchError(f"ranks made different calls: {listed}")
 
 
 def _check_device(device: torch.device | str | None) -> torch.device:
@@ -630,16 +427,6 @@ def _check_ranks(ranks: Sequence[int] | None, global_rank: int, world: int) -> t
     return tuple(sorted(checked))
 
 
-def _check_dim(x: torch.Tensor, dim: int) -> int:
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}")
-    if x.dim() and not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim: expected between {-x.dim()} and {x.dim() - 1}, got {dim}")
-    return dim % x.dim() if x.dim() else 0
-
-
 def _install_fork_hook() -> None:
     global _fork_hook_installed
     if not _fork_hook_installed:
@@ -650,3 +437,5 @@ def _install_fork_hook() -> None:
 def _after_fork() -> None:
     for group in _groups:
         group._forked = True
+        if group._guard is not None:
+            group._guard.forked()

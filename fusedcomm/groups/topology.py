@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,8 +86,9 @@ class Hello:
         _, _, pid, cores, native, build_id, version, host, flags, backend, timeout, buffer_mb, error = _FORMAT.unpack(
             data
         )
+        switches: dict[str, Any] = {name: bool(flags >> i & 1) for i, name in enumerate(_FLAGS)}
         settings = Settings(
-            **{name: bool(flags >> i & 1) for i, name in enumerate(_FLAGS)},
+            **switches,
             backend=None if backend == 0 else BACKENDS[backend - 1],
             timeout_s=timeout,
             buffer_mb=buffer_mb,
@@ -159,7 +161,7 @@ def _merge(all_settings: Sequence[Settings]) -> tuple[Settings, tuple[str, ...]]
         if f.name == "host_id" or len(set(values)) == 1:
             continue
         if f.name in _FLAGS:
-            taken: object = True  # a switch only ever turns a fast path off or a check on
+            taken: Any = True  # a switch only ever turns a fast path off or a check on
         elif f.name == "backend":
             taken = "torch"  # serves everywhere
         elif f.name == "timeout_s":

@@ -41,7 +41,11 @@ def init_distributed(
         except FusedCommError:
             seconds = Settings().timeout_s
     if dist.is_initialized():
-        rank, world, local_rank = dist.get_rank(), dist.get_world_size(), dist.get_node_local_rank(dist.get_rank())
+        rank, world, local_rank = (
+            dist.get_rank(),
+            dist.get_world_size(),
+            dist.get_node_local_rank(dist.get_rank()),
+        )
     else:
         facts = bootstrap.detect()
         rank, world, local_rank = facts.rank, facts.world_size, facts.local_rank
@@ -53,9 +57,7 @@ def init_distributed(
         _initialized_here = True
     first = rank // size * size
     try:
-        _tp_group = GroupCoordinator(
-            range(first, first + size), device=device, timeout=timeout, local_rank=local_rank
-        )
+        _tp_group = GroupCoordinator(range(first, first + size), device=device, timeout=timeout, local_rank=local_rank)
     except BaseException:
         destroy_distributed()
         raise

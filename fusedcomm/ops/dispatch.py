@@ -26,7 +26,12 @@ def local_backend(device_type: str) -> str:
 
 def choose_local_backend(settings: Settings, device_type: str, *, native_available: bool) -> str:
     """The pure rule behind local_backend."""
-    can = {"torch": True, "native": device_type == "cpu" and native_available, "triton": False, "aiter": False}
+    can = {
+        "torch": True,
+        "native": device_type == "cpu" and native_available,
+        "triton": False,
+        "aiter": False,
+    }
     wanted = settings.backend
     if wanted is not None and not can[wanted]:
         usable = " or ".join(name for name, ok in can.items() if ok)

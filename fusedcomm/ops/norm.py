@@ -12,7 +12,12 @@ from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLa
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_bias: float = 0.0, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    weight_bias: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """RMSNorm over the last dimension (Zhang and Sennrich, 2019), computed in fp32 and rounded once.
 

@@ -19,9 +19,13 @@ def empty_quant(
     if scale_layout is ScaleLayout.ROW_MAJOR:
         return fp8, x.new_empty(*x.shape[:-1], groups, dtype=torch.float32)
     rows = x.numel() // x.shape[-1]
-    columns, dtype = (groups, torch.float32) if scale_layout is ScaleLayout.COLUMN_MAJOR else (
-        (groups + 3) // 4,
-        torch.int32,
+    columns, dtype = (
+        (groups, torch.float32)
+        if scale_layout is ScaleLayout.COLUMN_MAJOR
+        else (
+            (groups + 3) // 4,
+            torch.int32,
+        )
     )
     stride = (rows + 3) // 4 * 4
     return fp8, x.new_empty(columns * stride, dtype=dtype).as_strided((rows, columns), (1, stride))
@@ -73,9 +77,7 @@ def per_group_quant_fp8(
     if out is not None:
         check_quant_out(x, group_size, scale_layout, fp8_dtype, out)
     if local_backend(x.device.type) == "torch":
-        result = reference.per_group_quant_fp8(
-            x, group_size=group_size, scale_layout=scale_layout, fp8_dtype=fp8_dtype
-        )
+        result = reference.per_group_quant_fp8(x, group_size=group_size, scale_layout=scale_layout, fp8_dtype=fp8_dtype)
         if out is None:
             return result
         out.fp8.copy_(result.fp8)

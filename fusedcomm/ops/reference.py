@@ -38,7 +38,12 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_bias: 
 
 
 def fused_add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, weight_bias: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    weight_bias: float = 0.0,
 ) -> AddRMSNorm:
     """``r = x + residual`` rounded to the dtype of x, and RMSNorm of r; a residual of None adds nothing."""
     r = x.clone() if residual is None else (x.float() + residual.float()).to(x.dtype)
