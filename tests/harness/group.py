@@ -179,9 +179,7 @@ class RankGroup:
         outcomes: dict[int, Outcome | None] = {}
         pending = {rank.rank: rank for rank in self._ranks}
         while pending and (left := deadline - time.monotonic()) > 0:
-            handles: list[Any] = [
-                handle for rank in pending.values() for handle in (rank.connection, rank.pidfd)
-            ]
+            handles: list[Any] = [handle for rank in pending.values() for handle in (rank.connection, rank.pidfd)]
             ready = set(wait(handles, left))
             for rank in [rank for rank in pending.values() if ready & {rank.connection, rank.pidfd}]:
                 outcome = rank.outcome()
@@ -204,9 +202,7 @@ class RankGroup:
         same: dict[str, list[int]] = {}
         for rank, story in stories:
             if story == "missing":
-                story = (
-                    f"not done after {timeout:g} s, or {GRACE_S:g} s after another rank failed; its stacks:"
-                )
+                story = f"not done after {timeout:g} s, or {GRACE_S:g} s after another rank failed; its stacks:"
             output = rank.output()
             text = f"{story.rstrip()}\n{output and '[its output]'}\n{output}".rstrip()
             # Tracebacks that differ in addresses only are shown once.
