@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from fusedcomm.errors import SettingError
@@ -23,57 +23,59 @@ class SettingInfo(NamedTuple):
     help: str
 
 
-def _parse_bool(text: str) -> bool:
-    if text in ("0", "1"):
-        return text == "1"
-    raise ValueError("0 or 1")
+class _Kind(NamedTuple):
+    """How the text of a variable becomes a value, and which values are allowed."""
+
+    allowed: str
+    parse: Callable[[str], object]  # raises ValueError or KeyError
+    is_valid: Callable[[Any], bool]
 
 
-def _parse_backend(text: str) -> str | None:
-    if text in BACKENDS:
-        return text
-    raise ValueError(" or ".join(BACKENDS))
+_SWITCH = _Kind("0 or 1", {"0": False, "1": True}.__getitem__, lambda value: isinstance(value, bool))
+_BACKEND = _Kind(" or ".join(BACKENDS), str, lambda value: value is None or value in BACKENDS)
+_SECONDS = _Kind(
+    "a number of seconds between 0.001 and 86400",
+    float,
+    lambda value: isinstance(value, (int, float)) and 0.001 <= value <= 86400,
+)
+_MEBIBYTES = _Kind(
+    "a whole number of MiB between 1 and 16384",
+    int,
+    lambda value: isinstance(value, int) and 1 <= value <= 16384,
+)
+_TEXT = _Kind("text", str, lambda value: value is None or isinstance(value, str))
 
 
-def _parse_timeout(text: str) -> float:
-    expected = "a number of seconds between 0.001 and 86400"
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise ValueError(expected) from None
-    if not 0.001 <= seconds <= 86400:
-        raise ValueError(expected)
-    return seconds
-
-
-def _parse_buffer_mb(text: str) -> int:
-    if text.isdecimal() and 1 <= int(text) <= 16384:
-        return int(text)
-    raise ValueError("a whole number of MiB between 1 and 16384")
-
-
-def _setting(default: Any, parse: Callable[[str], Any], help: str) -> Any:
-    return field(default=default, metadata={"parse": parse, "help": help})
+def _setting(default: Any, kind: _Kind, help: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": help})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting, typed and validated; a group keeps the one its ranks agreed on."""
+    """Every setting, typed and validated; a group keeps the one its ranks agreed on.
 
-    disable: bool = _setting(False, _parse_bool, "1: everything through the process group and torch")
-    disable_custom_ar: bool = _setting(False, _parse_bool, "1: no custom all-reduce")
-    disable_fused_ar_norm: bool = _setting(False, _parse_bool, "1: all-reduce and RMSNorm in separate launches")
-    disable_fused_ar_quant: bool = _setting(False, _parse_bool, "1: quantise in a launch of its own")
-    disable_aiter: bool = _setting(False, _parse_bool, "1: never call AMD's aiter")
-    disable_aiter_sampling: bool = _setting(False, _parse_bool, "1: never call AMD's aiter for sampling")
-    backend: str | None = _setting(
-        None, _parse_backend, "force native, aiter, triton or torch; an error if unsupported"
-    )
-    deterministic: bool = _setting(False, _parse_bool, "1: only paths whose sums are in rank order")
-    timeout_s: float = _setting(60.0, _parse_timeout, "deadline of every wait, in seconds")
-    debug: bool = _setting(False, _parse_bool, "1: ranks compare every call before making it")
-    buffer_mb: int = _setting(16, _parse_buffer_mb, "size of the slab of a rank, in MiB")
-    host_id: str | None = _setting(None, str, "take this for the identity of the host (tests of several hosts)")
+    Raises:
+        SettingError: a value that is not allowed; names the variable and what is allowed.
+    """
+
+    disable: bool = _setting(False, _SWITCH, "1: everything through the process group and torch")
+    disable_custom_ar: bool = _setting(False, _SWITCH, "1: no custom all-reduce")
+    disable_fused_ar_norm: bool = _setting(False, _SWITCH, "1: all-reduce and RMSNorm in separate launches")
+    disable_fused_ar_quant: bool = _setting(False, _SWITCH, "1: quantise in a launch of its own")
+    disable_aiter: bool = _setting(False, _SWITCH, "1: never call AMD's aiter")
+    disable_aiter_sampling: bool = _setting(False, _SWITCH, "1: never call AMD's aiter for sampling")
+    backend: str | None = _setting(None, _BACKEND, "force native, aiter, triton or torch; an error if unsupported")
+    deterministic: bool = _setting(False, _SWITCH, "1: only paths whose sums are in rank order")
+    timeout_s: float = _setting(60.0, _SECONDS, "deadline of every wait, in seconds")
+    debug: bool = _setting(False, _SWITCH, "1: ranks compare every call before making it")
+    buffer_mb: int = _setting(16, _MEBIBYTES, "size of the slab of a rank, in MiB")
+    host_id: str | None = _setting(None, _TEXT, "take this for the identity of the host (tests of several hosts)")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if not f.metadata["kind"].is_valid(value):
+                raise _not_allowed(f, value)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -85,14 +87,16 @@ class Settings:
         environ = os.environ if environ is None else environ
         values = {}
         for f in fields(cls):
-            variable = PREFIX + f.name.upper()
-            text = environ.get(variable, "").strip()
+            text = environ.get(PREFIX + f.name.upper(), "").strip()
             if not text:
                 continue
+            kind = f.metadata["kind"]
             try:
-                values[f.name] = f.metadata["parse"](text)
-            except ValueError as allowed:
-                raise SettingError(f"{variable}: expected {allowed}, got {text!r}") from None
+                values[f.name] = kind.parse(text)
+            except (KeyError, ValueError):
+                raise _not_allowed(f, text) from None
+            if not kind.is_valid(values[f.name]):
+                raise _not_allowed(f, text)
         return cls(**values)
 
     def describe(self, environ: Mapping[str, str] | None = None) -> list[SettingInfo]:
@@ -104,6 +108,10 @@ class Settings:
             source = "environment" if environ.get(variable, "").strip() else "default"
             rows.append(SettingInfo(variable, getattr(self, f.name), f.default, source, f.metadata["help"]))
         return rows
+
+
+def _not_allowed(setting: Field[Any], got: object) -> SettingError:
+    return SettingError(f"{PREFIX}{setting.name.upper()}: expected {setting.metadata['kind'].allowed}, got {got!r}")
 
 
 def launcher_environ() -> Mapping[str, str]:
