@@ -18,6 +18,7 @@ from fusedcomm.errors import FusedCommError, SettingError, VersionMismatchError
 
 _MAGIC = 0x46434831  # "FCH1": format 1 of the record below
 _FORMAT = struct.Struct("<IIqIB16s32s32sHBdI256s")
+_OTHER_FORMAT = "a rank speaks another format: all ranks need the same build of fusedcomm"
 _FLAGS = tuple(f.name for f in fields(Settings) if f.type == "bool")
 
 
@@ -81,18 +82,22 @@ class Hello:
 
     @classmethod
     def unpack(cls, data: bytes) -> Hello:
-        if struct.unpack_from("<II", data) != (_MAGIC, _FORMAT.size):
-            raise VersionMismatchError("a rank speaks another format: all ranks need the same build of fusedcomm")
+        """The record that ``pack`` made; VersionMismatchError if it is none."""
+        if len(data) != _FORMAT.size or struct.unpack_from("<II", data) != (_MAGIC, _FORMAT.size):
+            raise VersionMismatchError(_OTHER_FORMAT)
         _, _, pid, cores, native, build_id, version, host, flags, backend, timeout, buffer_mb, error = _FORMAT.unpack(
             data
         )
         switches: dict[str, Any] = {name: bool(flags >> i & 1) for i, name in enumerate(_FLAGS)}
-        settings = Settings(
-            **switches,
-            backend=None if backend == 0 else BACKENDS[backend - 1],
-            timeout_s=timeout,
-            buffer_mb=buffer_mb,
-        )
+        try:
+            settings = Settings(
+                **switches,
+                backend=(None, *BACKENDS)[backend],
+                timeout_s=timeout,
+                buffer_mb=buffer_mb,
+            )
+        except (IndexError, SettingError):  # no rank packs such a value
+            raise VersionMismatchError(_OTHER_FORMAT) from None
         text = error.rstrip(b"\0").decode(errors="replace")
         return cls(pid, cores, bool(native), build_id, version, host, settings, text)
 
