@@ -16,7 +16,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from fusedcomm.env import launcher_environ
 from fusedcomm.errors import FusedCommError
 
-_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_SIZE", "MPI_LOCALNRANKS")
 _MPI_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 
@@ -42,13 +41,17 @@ def detect(environ: Mapping[str, str] | None = None) -> RankFacts:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         rank, size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
         return _checked("torchrun", rank, size, _number(environ, "LOCAL_RANK", default=rank))
-    if any(v in environ for v in _MPI_RANK_VARIABLES) or any(v in environ for v in _MPI_SIZE_VARIABLES[:1]):
+    if any(v in environ for v in _MPI_RANK_VARIABLES) and not _is_srun_of_its_own(environ):
         comm = _mpi_world()
         return _checked("mpi", comm.Get_rank(), comm.Get_size(), _mpi_local_rank(comm))
     # SLURM_STEP_ID is there only under srun: a batch script or an salloc shell is one process, whatever SLURM_NTASKS is
     if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        size = _number(environ, "SLURM_STEP_NUM_TASKS", default=_number(environ, "SLURM_NTASKS", default=1))
-        return _checked("slurm", _number(environ, "SLURM_PROCID"), size, _number(environ, "SLURM_LOCALID", default=0))
+        return _checked(
+            "slurm",
+            _number(environ, "SLURM_PROCID"),
+            _slurm_size(environ),
+            _number(environ, "SLURM_LOCALID", default=0),
+        )
     return RankFacts("alone", 0, 1, 0)
 
 
@@ -82,11 +85,26 @@ def slurm_rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm host list: ``node[03-10,12],gpu1`` gives ``node03``."""
-    match = re.match(r"([^,\[]*)(?:\[([^\],\-]*)[^\]]*\]([^,\[]*))?", nodelist.strip())
-    if match is None or not match.group(0):
+    """The first name of a Slurm host list: ``node[03-10,12],gpu1`` gives ``node03``; brackets may repeat."""
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodelist.strip())
+    if match is None:
         raise FusedCommError(f"SLURM_STEP_NODELIST: expected a host list, got {nodelist!r}")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[([^\],\-]*)[^\]]*\]", r"\1", match.group(0))
+
+
+def _is_srun_of_its_own(environ: Mapping[str, str]) -> bool:
+    """Whether MPI's variables come from srun's plugin (pmi2, pmix), which sets them for every program.
+
+    An mpirun that starts its daemons by srun shows the daemons' step: its size is not that of the MPI job. The answer
+    follows from variables that are the same on all ranks.
+    """
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ or "OMPI_COMM_WORLD_RANK" in environ:
+        return False
+    return _number(environ, "PMI_SIZE", default=_slurm_size(environ)) == _slurm_size(environ)
+
+
+def _slurm_size(environ: Mapping[str, str]) -> int:
+    return _number(environ, "SLURM_STEP_NUM_TASKS", default=_number(environ, "SLURM_NTASKS", default=1))
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
