@@ -50,8 +50,6 @@ class LayerCommunicator:
         is_last_layer: bool = False,
         enable_fusion: bool = True,
     ) -> None:
-        if fused_ar_quant_keep_bf16 and not enable_fused_ar_quant:
-            raise ValueError("fused_ar_quant_keep_bf16: expected enable_fused_ar_quant with it, got False")
         self.group = group
         self.input_layernorm = input_layernorm
         self.post_attention_layernorm = post_attention_layernorm

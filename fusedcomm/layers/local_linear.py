@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fusedcomm.layers.activation import Fp8Activation, HiddenStates, NormFp8Activation
+from fusedcomm.layers.activation import HiddenStates, NormFp8Activation
 from fusedcomm.layers.fp8_linear import BlockFP8Linear
 
 
@@ -29,7 +29,7 @@ class UnquantizedLinear(nn.Module):
     def forward(self, x: HiddenStates) -> torch.Tensor:
         if isinstance(x, NormFp8Activation):
             x = x.norm
-        if isinstance(x, Fp8Activation):
+        if isinstance(x, tuple):
             raise ValueError("x: expected a tensor for an unquantised linear, got (fp8, scale); set keep_bf16")
         return nn.functional.linear(x, self.weight, self.bias)
 

@@ -12,7 +12,7 @@ from fusedcomm import ops
 from fusedcomm.collectives import allreduce_rmsnorm, allreduce_rmsnorm_quant
 from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.activation import Fp8Activation, LayerInput, NormFp8Activation
-from fusedcomm.layers.partial_sum import PartialSum
+from fusedcomm.layers.partial_sum import PartialSum, refuse
 from fusedcomm.layers.sharding import FP8_BLOCK, WeightSlice
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant
 
@@ -45,6 +45,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> AddRMSNorm: ...
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor | AddRMSNorm:
         """Norm of ``x [..., H]``, or ``(norm, residual)`` of ``x + residual``; local, nothing is mutated."""
+        if isinstance(x, PartialSum):
+            refuse("RMSNorm.forward")
         if residual is None:
             return ops.rms_norm(x, self.weight, self.eps, weight_bias=self.weight_bias)
         return ops.fused_add_rms_norm(x, residual, self.weight, self.eps, weight_bias=self.weight_bias)
@@ -57,6 +59,8 @@ class RMSNorm(nn.Module):
         keep_bf16: bool = False,
     ) -> LayerInput:
         """Add, norm and FP8 quantisation of rows ``[..., H]`` that are complete already, in one launch."""
+        if isinstance(x, PartialSum):
+            refuse("RMSNorm.forward_quant_per_group")
         return _layer_input(
             ops.fused_add_rms_norm_quant(
                 x,

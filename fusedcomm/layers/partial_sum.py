@@ -18,7 +18,8 @@ class UnreducedSumError(TypeError, AttributeError):
     """
 
 
-def _refuse(use: str) -> NoReturn:
+def refuse(use: str) -> NoReturn:
+    """Raises UnreducedSumError for ``use`` of a PartialSum."""
     raise UnreducedSumError(
         f"{use}: expected a tensor, got a PartialSum, this rank's share of a sum that is not reduced; call "
         ".reduce() first, or hand it to a norm's forward_with_allreduce_fusion"
@@ -48,40 +49,24 @@ class PartialSum:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> NoReturn:
-        _refuse(getattr(func, "__name__", str(func)))
+        refuse(getattr(func, "__name__", str(func)))
 
     def __getattr__(self, name: str) -> NoReturn:
         if hasattr(torch.Tensor, name) and not name.startswith("__"):
-            _refuse(f"PartialSum.{name}")
+            refuse(f"PartialSum.{name}")
         raise AttributeError(f"'PartialSum' object has no attribute '{name}'")
 
 
 def _refusing(name: str) -> Callable[..., NoReturn]:
     def method(self: PartialSum, *args: object) -> NoReturn:
-        _refuse(name)
+        refuse(name)
 
     method.__name__ = name
     return method
 
 
 # Python looks operators up on the type, past __getattr__, so each needs a method.
-_BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-_OTHER = (
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-    "neg",
-    "pos",
-    "abs",
-    "invert",
-    "getitem",
-    "setitem",
-    "len",
-    "iter",
-)
-_CONVERSIONS = ("contains", "bool", "float", "int", "index", "array")
-for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER, *_CONVERSIONS):
+_BINARY = "add sub mul matmul truediv floordiv mod pow and or xor".split()  # noqa: SIM905
+_OTHER = "lt le gt ge eq ne neg pos abs invert getitem setitem len iter contains bool float int index array"
+for _operator in [*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER.split()]:
     setattr(PartialSum, f"__{_operator}__", _refusing(f"__{_operator}__"))

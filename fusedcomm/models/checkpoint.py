@@ -38,9 +38,7 @@ class Checkpoint:
                 self._file_of.update(dict.fromkeys(file.keys(), file))
         except (OSError, SafetensorError) as error:
             self.close()
-            raise CheckpointError(
-                f"path: expected readable safetensors files in {self.path}, got {error}"
-            ) from error
+            raise CheckpointError(f"path: expected readable safetensors files in {self.path}, got {error}") from error
 
     def _file_names(self) -> Iterable[str]:
         index = self.path / INDEX
@@ -63,9 +61,7 @@ class Checkpoint:
     ) -> None:
         self.close()
 
-    def load(
-        self, slices: Sequence[WeightSlice], on_progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def load(self, slices: Sequence[WeightSlice], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Fills every slice's target, reading only what it names; ``on_progress(done, total)`` counts reads.
 
         Raises:
@@ -86,9 +82,7 @@ class Checkpoint:
         stored = self._file_of[wanted.source].get_slice(wanted.source)
         shape = tuple(stored.get_shape())
         if shape != wanted.full_shape:
-            raise CheckpointError(
-                f"{wanted.source}: expected shape {list(wanted.full_shape)}, got {list(shape)}"
-            )
+            raise CheckpointError(f"{wanted.source}: expected shape {list(wanted.full_shape)}, got {list(shape)}")
         if wanted.target.numel() == 0:  # a vocabulary smaller than the padded shares
             return
         values: torch.Tensor = stored[wanted.index]

@@ -69,18 +69,14 @@ class Qwen3Config:
         Raises:
             CheckpointError: a value is missing, ill-typed, or one that this model does not implement.
         """
-        architectures = raw.get("architectures") or [
-            ARCHITECTURE if raw.get("model_type") == "qwen3" else None
-        ]
+        architectures = raw.get("architectures") or [ARCHITECTURE if raw.get("model_type") == "qwen3" else None]
         if ARCHITECTURE not in architectures:
             raise _error("architectures", f"[{ARCHITECTURE!r}]", architectures)
         _refuse_unsupported(raw)
         num_heads = _positive_int(raw, "num_attention_heads")
         num_kv_heads = _positive_int(raw, "num_key_value_heads", default=num_heads)
         if num_heads % num_kv_heads:
-            raise _error(
-                "num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})", num_kv_heads
-            )
+            raise _error("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})", num_kv_heads)
         head_dim = _positive_int(raw, "head_dim", default=128)
         if head_dim % 2:
             raise _error("head_dim", "an even number", head_dim)
@@ -108,6 +104,35 @@ class Qwen3Config:
             fp8=fp8,
         )
 
+    def check_world_size(self, world_size: int) -> None:
+        """Refuses a number of ranks that cannot divide this model.
+
+        Raises:
+            ValueError: names the size, what would do, and the ranks.
+        """
+        divided = {"num_attention_heads": self.num_heads, "intermediate_size": self.intermediate_size}
+        for key, size in divided.items():
+            if size % world_size:
+                raise ValueError(f"{key}: expected a multiple of the group's {world_size} ranks, got {size}")
+        if self.num_kv_heads % world_size and world_size % self.num_kv_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a multiple or a divisor of the group's {world_size} ranks, "
+                f"got {self.num_kv_heads}"
+            )
+        if self.fp8 is None or world_size == 1:
+            return
+        rows = {
+            "num_attention_heads * head_dim": self.num_heads * self.head_dim // world_size,
+            "num_key_value_heads * head_dim": max(self.num_kv_heads // world_size, 1) * self.head_dim,
+            "intermediate_size": self.intermediate_size // world_size,
+        }
+        for key, size in rows.items():
+            if size % FP8_BLOCK:
+                raise ValueError(
+                    f"{key}: expected a multiple of {FP8_BLOCK} on each of {world_size} ranks for block-FP8 weights, "
+                    f"got {size}"
+                )
+
 
 def _error(key: str, expected: str, got: object) -> CheckpointError:
     return CheckpointError(f"config.json: {key}: expected {expected}, got {got!r}")
@@ -117,9 +142,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(
-            f"path: expected a checkpoint directory with {path.name}, got {error}"
-        ) from error
+        raise CheckpointError(f"path: expected a checkpoint directory with {path.name}, got {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: expected JSON, got {error}") from error
     if not isinstance(raw, dict):

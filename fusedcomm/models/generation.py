@@ -22,9 +22,7 @@ def check_input_ids(input_ids: torch.Tensor, config: Qwen3Config) -> None:
         ValueError: not int64 ``[B, S]`` with B and S positive, or longer than the model's positions.
     """
     if input_ids.dtype is not torch.int64 or input_ids.dim() != 2 or not input_ids.numel():
-        raise ValueError(
-            f"input_ids: expected int64 [B >= 1, S >= 1], got {input_ids.dtype} {list(input_ids.shape)}"
-        )
+        raise ValueError(f"input_ids: expected int64 [B >= 1, S >= 1], got {input_ids.dtype} {list(input_ids.shape)}")
     if input_ids.shape[1] > config.max_position_embeddings:
         raise ValueError(
             f"input_ids: expected up to {config.max_position_embeddings} positions, got {input_ids.shape[1]}"
@@ -88,9 +86,7 @@ def generate(
     return torch.cat(ids, dim=1)
 
 
-def _check(
-    config: Qwen3Config, input_ids: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float
-) -> None:
+def _check(config: Qwen3Config, input_ids: torch.Tensor, max_new_tokens: int, temperature: float, top_p: float) -> None:
     check_input_ids(input_ids, config)
     room = config.max_position_embeddings - input_ids.shape[1]
     if not 0 <= max_new_tokens <= room:

@@ -43,9 +43,7 @@ class KVCache:
         """
         end = self.length + keys.shape[2]
         if end > self.max_length:
-            raise ValueError(
-                f"keys: expected at most {self.max_length - self.length} positions, got {keys.shape[2]}"
-            )
+            raise ValueError(f"keys: expected at most {self.max_length - self.length} positions, got {keys.shape[2]}")
         self._keys[layer, :, :, self.length : end] = keys
         self._values[layer, :, :, self.length : end] = values
         return KeysValues(self._keys[layer, :, :, :end], self._values[layer, :, :, :end])

@@ -41,6 +41,7 @@ class Qwen3ForCausalLM(nn.Module):
             ValueError: heads, sizes or FP8 blocks that the group's ranks cannot divide.
         """
         super().__init__()
+        config.check_world_size(group.world_size)
         self.config = config
         self.group = group
         self.dtype = config.dtype if dtype is None else dtype
@@ -54,8 +55,7 @@ class Qwen3ForCausalLM(nn.Module):
             device=group.device,
         )
         self.layers = nn.ModuleList(
-            Qwen3DecoderLayer(config, group, index, self.dtype, enable_fusion)
-            for index in range(config.num_layers)
+            Qwen3DecoderLayer(config, group, index, self.dtype, enable_fusion) for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=self.dtype, device=group.device)
         self.lm_head = ParallelLMHead(

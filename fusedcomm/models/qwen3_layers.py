@@ -44,9 +44,7 @@ def is_block_fp8(config: Qwen3Config, *modules: str) -> bool:
     """
     covered = {config.fp8 is not None and config.fp8.covers(module) for module in modules}
     if len(covered) > 1:
-        raise CheckpointError(
-            f"modules_to_not_convert: expected all or none of {', '.join(modules)}, got some"
-        )
+        raise CheckpointError(f"modules_to_not_convert: expected all or none of {', '.join(modules)}, got some")
     return covered.pop()
 
 
@@ -85,9 +83,7 @@ class Qwen3Attention(nn.Module):
 
     def forward(self, x: HiddenStates, step: Step) -> PartialSum:
         heads, kv_heads = self.qkv_proj.num_local_heads, self.qkv_proj.num_local_kv_heads
-        qkv = self.qkv_proj(x).view(
-            step.batch_size, -1, heads + 2 * kv_heads, self.head_dim
-        )  # [B, S, heads, D]
+        qkv = self.qkv_proj(x).view(step.batch_size, -1, heads + 2 * kv_heads, self.head_dim)  # [B, S, heads, D]
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
         q = apply_rope(self.q_norm(q).transpose(1, 2), step.cos, step.sin)  # [B, heads, S, D]
         k = apply_rope(self.k_norm(k).transpose(1, 2), step.cos, step.sin)
@@ -157,9 +153,7 @@ class Qwen3DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.name = f"model.layers.{index}"
-        self.input_layernorm = RMSNorm(
-            config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device
-        )
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device)
         self.post_attention_layernorm = RMSNorm(
             config.hidden_size, config.rms_norm_eps, dtype=dtype, device=group.device
         )
@@ -175,9 +169,7 @@ class Qwen3DecoderLayer(nn.Module):
             enable_fusion=enable_fusion,
         )
 
-    def forward(
-        self, hidden: torch.Tensor | PartialSum, residual: torch.Tensor | None, step: Step
-    ) -> LayerOutput:
+    def forward(self, hidden: torch.Tensor | PartialSum, residual: torch.Tensor | None, step: Step) -> LayerOutput:
         attn_input, residual = self.communicator.prepare_attn(hidden, residual)
         mlp_input, residual = self.communicator.prepare_mlp(self.self_attn(attn_input, step), residual)
         return self.communicator.postprocess_layer(self.mlp(mlp_input), residual)
