@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,49 @@ def load() -> Native | None:
 
 
 def _register_fakes() -> None:
-    # Every operator writes to tensors that its caller allocated, so a fake has nothing to make.
-    def nothing(*args: object) -> None:
-        return None
+    register: Callable[..., Any] = torch.library.register_fake
 
-    for name in (
-        "rms_norm_out",
-        "fused_add_rms_norm_out",
-        "fused_add_rms_norm_quant_out",
-        "per_group_quant_fp8_out",
-    ):
-        torch.library.register_fake(f"fusedcomm::{name}", nothing)
+    def nothing(*args: object) -> None:
+        """An operator that only writes to tensors its caller allocated has nothing to make."""
+
+    for name in ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_quant", "per_group_quant_fp8"):
+        register(f"fusedcomm::{name}_out", nothing)
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    def fused_add_rms_norm(
+        x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(x), torch.empty_like(x)
+
+    def fused_add_rms_norm_quant(
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        group_size: int,
+        column_major: bool,
+        packed: bool,
+        fnuz: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return *empty_quant(x, group_size, column_major, packed, fnuz), torch.empty_like(x)
+
+    for fake in (rms_norm, fused_add_rms_norm, fused_add_rms_norm_quant):
+        register(f"fusedcomm::{fake.__name__}", fake)
+    register("fusedcomm::per_group_quant_fp8", empty_quant)
+
+
+def empty_quant(
+    x: torch.Tensor, group_size: int, column_major: bool, packed: bool, fnuz: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of a quantising operator, uninitialised (empty_quant of csrc/bind/ops.cpp)."""
+    fp8 = torch.empty_like(x, dtype=torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
+    groups = x.shape[-1] // group_size
+    if not (column_major or packed):
+        return fp8, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
+    rows = x.numel() // x.shape[-1]
+    shape = (rows, (groups + 3) // 4 if packed else groups)
+    dtype = torch.int32 if packed else torch.float32
+    return fp8, x.new_empty_strided(shape, (1, (rows + 3) // 4 * 4), dtype=dtype)

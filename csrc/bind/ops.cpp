@@ -1,12 +1,17 @@
-// The torch operators, through the stable ABI. Python has checked the arguments (fusedcomm/ops, fusedcomm/comm); what
-// is checked again here is what would otherwise read or write out of bounds.
+// The torch operators, through the stable ABI. Every argument is checked here, before anything is sent; Python says
+// what was wrong (fusedcomm/ops/checks.py), so these messages are short.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "bind/control.h"
@@ -43,9 +48,47 @@ DType dtype_of(const Tensor& t) {
   return DType::kFloat;
 }
 
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
 void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == x.scalar_type() && t.numel() == x.numel(),
-                  name, ": expected a contiguous CPU tensor like x");
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == x.scalar_type() && same_shape(t, x), name,
+                  ": expected a contiguous CPU tensor like x");
+}
+
+// Uninitialised, of these sizes; strides are in elements.
+Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+constexpr int64_t kMaxDim = 16;
+
+// As x, contiguous; the last size and the dtype may differ.
+Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size) {
+  const int64_t dim = x.dim();
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "x: expected 1 to 16 dimensions");
+  int64_t sizes[kMaxDim], strides[kMaxDim];
+  int64_t stride = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    sizes[d] = d == dim - 1 ? last_size : x.size(d);
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  }
+  return empty_strided(sizes, strides, dim, dtype);
+}
+
+Tensor new_like(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return new_like(x, dtype, x.dim() == 0 ? 0 : x.size(x.dim() - 1));
 }
 
 // Rows of the last dimension.
@@ -61,7 +104,8 @@ Shape shape_of(const Tensor& x) {
 
 // fp32(weight) + bias in scratch memory of this thread, valid until its next call.
 const float* biased_weight(const Tensor& weight, double bias, int64_t hidden) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.numel() == hidden, "weight: expected [H]");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.dim() == 1 && weight.size(0) == hidden,
+                  "weight: expected [H]");
   static thread_local std::vector<float> scratch;
   scratch.resize(size_t(hidden));
   const void* p = weight.const_data_ptr();
@@ -82,7 +126,6 @@ const float* biased_weight(const Tensor& weight, double bias, int64_t hidden) {
       break;
     }
     case DType::kHalf: {
-      // A sum of one source widens nothing; the kernels read fp32, so go through their own conversion.
       const torch::headeronly::Half* w = static_cast<const torch::headeronly::Half*>(p);
       for (int64_t i = 0; i < hidden; ++i) scratch[size_t(i)] = float(w[i]) + float(bias);
       break;
@@ -92,8 +135,13 @@ const float* biased_weight(const Tensor& weight, double bias, int64_t hidden) {
 }
 
 NormTarget norm_target(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
-                       double weight_bias, const std::optional<Tensor>& norm, const std::optional<Tensor>& residual_out) {
+                       double weight_bias, const std::optional<Tensor>& norm,
+                       const std::optional<Tensor>& residual_out) {
   const Shape shape = shape_of(x);
+  STD_TORCH_CHECK(shape.hidden >= 1 && shape.hidden <= cpu::kMaxNormHidden, "x: expected H between 1 and 32768");
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
+                  "weight: expected the dtype of x or float32");
+  STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0.0 && std::isfinite(weight_bias), "eps: expected a number >= 0");
   NormTarget target;
   if (residual) {
     check_like("residual", *residual, x);
@@ -113,10 +161,15 @@ NormTarget norm_target(const Tensor& x, const std::optional<Tensor>& residual, c
   return target;
 }
 
+void check_group_size(const Shape& shape, int64_t group_size) {
+  STD_TORCH_CHECK((group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256) &&
+                      shape.hidden % group_size == 0,
+                  "group_size: expected 32, 64, 128 or 256 dividing H");
+}
+
 // The scale's dtype and strides say its layout: fp32 with any strides, or int32 words of four UE8M0 exponents.
 QuantTarget quant_target(const Shape& shape, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
-  STD_TORCH_CHECK(group_size > 0 && group_size <= 256 && group_size % 16 == 0 && shape.hidden % group_size == 0,
-                  "group_size: expected 32, 64, 128 or 256 dividing H");
+  check_group_size(shape, group_size);
   STD_TORCH_CHECK(fp8.is_cpu() && fp8.is_contiguous() && fp8.numel() == shape.rows * shape.hidden,
                   "fp8: expected a contiguous CPU tensor of x's shape");
   const bool packed = scale.scalar_type() == ScalarType::Int;
@@ -147,6 +200,22 @@ QuantTarget quant_target(const Shape& shape, int64_t group_size, const Tensor& f
       STD_TORCH_CHECK(false, "fp8: expected float8_e4m3fn or float8_e4m3fnuz");
   }
   return target;
+}
+
+struct Quantized {
+  Tensor fp8, scale;
+};
+
+// fusedcomm/ops/types.py: ScaleLayout
+Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bool packed, bool fnuz) {
+  const Shape shape = shape_of(x);
+  check_group_size(shape, group_size);
+  const int64_t groups = shape.hidden / group_size;
+  Tensor fp8 = new_like(x, fnuz ? aoti_torch_dtype_float8_e4m3fnuz() : aoti_torch_dtype_float8_e4m3fn(), shape.hidden);
+  if (!column_major && !packed) return {fp8, new_like(x, aoti_torch_dtype_float32(), groups)};
+  const int64_t sizes[] = {shape.rows, packed ? (groups + 3) / 4 : groups};
+  const int64_t strides[] = {1, (shape.rows + 3) / 4 * 4};
+  return {fp8, empty_strided(sizes, strides, 2, packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32())};
 }
 
 template <class Body>
@@ -181,17 +250,40 @@ void rms_norm_out(Tensor x, Tensor weight, double eps, double weight_bias, Tenso
   local_norm(x, norm_target(x, std::nullopt, weight, eps, weight_bias, out, std::nullopt));
 }
 
+Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_bias) {
+  Tensor out = new_like(x);
+  rms_norm_out(x, weight, eps, weight_bias, out);
+  return out;
+}
+
 void fused_add_rms_norm_out(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, double weight_bias,
                             Tensor norm, Tensor residual_out) {
   local_norm(x, norm_target(x, residual, weight, eps, weight_bias, norm, residual_out));
 }
 
+std::tuple<Tensor, Tensor> fused_add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
+                                              double weight_bias) {
+  Tensor norm = new_like(x), residual_out = new_like(x);
+  fused_add_rms_norm_out(x, residual, weight, eps, weight_bias, norm, residual_out);
+  return {norm, residual_out};
+}
+
 void fused_add_rms_norm_quant_out(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
-                                  double weight_bias, int64_t group_size, Tensor fp8, Tensor scale,
-                                  Tensor residual_out, std::optional<Tensor> norm) {
+                                  double weight_bias, int64_t group_size, Tensor fp8, Tensor scale, Tensor residual_out,
+                                  std::optional<Tensor> norm) {
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   target.quant = quant_target(shape_of(x), group_size, fp8, scale);
   local_norm(x, target);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_quant(Tensor x, std::optional<Tensor> residual, Tensor weight,
+                                                            double eps, double weight_bias, int64_t group_size,
+                                                            bool column_major, bool packed, bool fnuz) {
+  Quantized q = empty_quant(x, group_size, column_major, packed, fnuz);
+  Tensor residual_out = new_like(x);
+  fused_add_rms_norm_quant_out(x, residual, weight, eps, weight_bias, group_size, q.fp8, q.scale, residual_out,
+                               std::nullopt);
+  return {q.fp8, q.scale, residual_out};
 }
 
 void per_group_quant_fp8_out(Tensor x, int64_t group_size, Tensor fp8, Tensor scale) {
@@ -202,26 +294,61 @@ void per_group_quant_fp8_out(Tensor x, int64_t group_size, Tensor fp8, Tensor sc
   for_rows(shape, [&](int64_t begin, int64_t end) { quant(rows, shape.hidden, target, begin, end - begin); });
 }
 
-// ---- collectives: true when done, false to be called again (see communicator.h) ----
+std::tuple<Tensor, Tensor> per_group_quant_fp8(Tensor x, int64_t group_size, bool column_major, bool packed,
+                                               bool fnuz) {
+  Quantized q = empty_quant(x, group_size, column_major, packed, fnuz);
+  per_group_quant_fp8_out(x, group_size, q.fp8, q.scale);
+  return {q.fp8, q.scale};
+}
 
-bool comm_all_reduce(int64_t comm, Tensor x, Tensor out) {
+// ---- collectives: true when done; false: call the *_out form with the same tensors until it is (communicator.h) ----
+//
+// The forms that allocate exist for speed: where ranks share cores, every call out of Python costs each rank
+// microseconds of cold code, and four allocations would cost more than the collective.
+
+bool comm_all_reduce_out(int64_t comm, Tensor x, Tensor out) {
   check_like("out", out, x);
   STD_TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
   return communicator(comm).all_reduce(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), x.numel());
 }
 
-bool comm_allreduce_rmsnorm(int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
-                            double weight_bias, Tensor norm, Tensor residual_out) {
+std::tuple<Tensor, bool> comm_all_reduce(int64_t comm, Tensor x) {
+  Tensor out = new_like(x);
+  const bool done = comm_all_reduce_out(comm, x, out);
+  return {out, done};
+}
+
+bool comm_allreduce_rmsnorm_out(int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
+                                double weight_bias, Tensor norm, Tensor residual_out) {
   const NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
 }
 
-bool comm_allreduce_rmsnorm_quant(int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
-                                  double weight_bias, int64_t group_size, Tensor fp8, Tensor scale,
-                                  Tensor residual_out, std::optional<Tensor> norm) {
+std::tuple<Tensor, Tensor, bool> comm_allreduce_rmsnorm(int64_t comm, Tensor x, std::optional<Tensor> residual,
+                                                        Tensor weight, double eps, double weight_bias) {
+  Tensor norm = new_like(x), residual_out = new_like(x);
+  const bool done = comm_allreduce_rmsnorm_out(comm, x, residual, weight, eps, weight_bias, norm, residual_out);
+  return {norm, residual_out, done};
+}
+
+bool comm_allreduce_rmsnorm_quant_out(int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
+                                      double weight_bias, int64_t group_size, Tensor fp8, Tensor scale,
+                                      Tensor residual_out, std::optional<Tensor> norm) {
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   target.quant = quant_target(shape_of(x), group_size, fp8, scale);
   return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, bool> comm_allreduce_rmsnorm_quant(
+    int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, double weight_bias,
+    int64_t group_size, bool emit_norm, bool column_major, bool packed) {
+  Quantized q = empty_quant(x, group_size, column_major, packed, false);
+  Tensor residual_out = new_like(x);
+  std::optional<Tensor> norm;
+  if (emit_norm) norm = new_like(x);
+  const bool done = comm_allreduce_rmsnorm_quant_out(comm, x, residual, weight, eps, weight_bias, group_size, q.fp8,
+                                                     q.scale, residual_out, norm);
+  return {q.fp8, q.scale, residual_out, norm, done};
 }
 
 bool comm_all_gather(int64_t comm, Tensor x, Tensor out) {
@@ -249,21 +376,39 @@ bool comm_broadcast(int64_t comm, Tensor x, int64_t src) {
 bool comm_barrier(int64_t comm) { return communicator(comm).barrier(); }
 
 STABLE_TORCH_LIBRARY(fusedcomm, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_bias) -> Tensor");
   m.def("rms_norm_out(Tensor x, Tensor weight, float eps, float weight_bias, Tensor(a!) out) -> ()");
+  m.def(
+      "fused_add_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias) "
+      "-> (Tensor norm, Tensor residual_out)");
   m.def(
       "fused_add_rms_norm_out(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
       "Tensor(a!) norm, Tensor(b!) residual_out) -> ()");
   m.def(
+      "fused_add_rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
+      "int group_size, bool column_major, bool packed, bool fnuz) -> (Tensor fp8, Tensor scale, Tensor residual_out)");
+  m.def(
       "fused_add_rms_norm_quant_out(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
       "int group_size, Tensor(a!) fp8, Tensor(b!) scale, Tensor(c!) residual_out, Tensor(d!)? norm) -> ()");
+  m.def(
+      "per_group_quant_fp8(Tensor x, int group_size, bool column_major, bool packed, bool fnuz) "
+      "-> (Tensor fp8, Tensor scale)");
   m.def("per_group_quant_fp8_out(Tensor x, int group_size, Tensor(a!) fp8, Tensor(b!) scale) -> ()");
 
-  m.def("comm_all_reduce(int comm, Tensor x, Tensor(a!) out) -> bool");
+  m.def("comm_all_reduce(int comm, Tensor x) -> (Tensor out, bool done)");
+  m.def("comm_all_reduce_out(int comm, Tensor x, Tensor(a!) out) -> bool");
   m.def(
-      "comm_allreduce_rmsnorm(int comm, Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
+      "comm_allreduce_rmsnorm(int comm, Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias) "
+      "-> (Tensor norm, Tensor residual_out, bool done)");
+  m.def(
+      "comm_allreduce_rmsnorm_out(int comm, Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
       "Tensor(a!) norm, Tensor(b!) residual_out) -> bool");
   m.def(
       "comm_allreduce_rmsnorm_quant(int comm, Tensor x, Tensor? residual, Tensor weight, float eps, "
+      "float weight_bias, int group_size, bool emit_norm, bool column_major, bool packed) "
+      "-> (Tensor fp8, Tensor scale, Tensor residual_out, Tensor? norm, bool done)");
+  m.def(
+      "comm_allreduce_rmsnorm_quant_out(int comm, Tensor x, Tensor? residual, Tensor weight, float eps, "
       "float weight_bias, int group_size, Tensor(a!) fp8, Tensor(b!) scale, Tensor(c!) residual_out, "
       "Tensor(d!)? norm) -> bool");
   m.def("comm_all_gather(int comm, Tensor x, Tensor(a!) out) -> bool");
@@ -273,13 +418,20 @@ STABLE_TORCH_LIBRARY(fusedcomm, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedcomm, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_out", TORCH_BOX(&rms_norm_out));
+  m.impl("fused_add_rms_norm", TORCH_BOX(&fused_add_rms_norm));
   m.impl("fused_add_rms_norm_out", TORCH_BOX(&fused_add_rms_norm_out));
+  m.impl("fused_add_rms_norm_quant", TORCH_BOX(&fused_add_rms_norm_quant));
   m.impl("fused_add_rms_norm_quant_out", TORCH_BOX(&fused_add_rms_norm_quant_out));
+  m.impl("per_group_quant_fp8", TORCH_BOX(&per_group_quant_fp8));
   m.impl("per_group_quant_fp8_out", TORCH_BOX(&per_group_quant_fp8_out));
   m.impl("comm_all_reduce", TORCH_BOX(&comm_all_reduce));
+  m.impl("comm_all_reduce_out", TORCH_BOX(&comm_all_reduce_out));
   m.impl("comm_allreduce_rmsnorm", TORCH_BOX(&comm_allreduce_rmsnorm));
+  m.impl("comm_allreduce_rmsnorm_out", TORCH_BOX(&comm_allreduce_rmsnorm_out));
   m.impl("comm_allreduce_rmsnorm_quant", TORCH_BOX(&comm_allreduce_rmsnorm_quant));
+  m.impl("comm_allreduce_rmsnorm_quant_out", TORCH_BOX(&comm_allreduce_rmsnorm_quant_out));
   m.impl("comm_all_gather", TORCH_BOX(&comm_all_gather));
   m.impl("comm_reduce_scatter", TORCH_BOX(&comm_reduce_scatter));
   m.impl("comm_broadcast", TORCH_BOX(&comm_broadcast));

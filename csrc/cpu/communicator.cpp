@@ -36,7 +36,8 @@ std::string describe(const CallFacts& f) {
   static const char* const kDTypes[] = {"bfloat16", "float16", "float32", "bytes"};
   std::string text = op_name(f.op);
   if (f.op == Op::kBarrier || f.op == Op::kNone) return text;
-  text += std::string("(") + kDTypes[f.dtype & 3] + " [" + std::to_string(f.rows) + ", " + std::to_string(f.hidden) + "]";
+  text +=
+      std::string("(") + kDTypes[f.dtype & 3] + " [" + std::to_string(f.rows) + ", " + std::to_string(f.hidden) + "]";
   if (f.op == Op::kAllReduceRMSNormQuant) text += ", group_size=" + std::to_string(f.option);
   if (f.op == Op::kBroadcast) text += ", src=" + std::to_string(f.option);
   return text + ")";
@@ -71,9 +72,8 @@ void parallel_rows(ParallelFor parallel, int64_t rows, int64_t grain, const Body
     body(int64_t(0), rows);
     return;
   }
-  parallel(
-      0, rows, grain, const_cast<Body*>(&body),
-      [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); });
+  parallel(0, rows, grain, const_cast<Body*>(&body),
+           [](void* context, int64_t begin, int64_t end) { (*static_cast<const Body*>(context))(begin, end); });
 }
 
 }  // namespace
@@ -382,7 +382,8 @@ bool Communicator::all_reduce(DType dtype, const void* x, void* out, int64_t cou
   const int64_t element = element_bytes(dtype);
   const bool two_shot = use_two_shot(count * element);
   const Split split = {count, config_.piece_bytes / element, two_shot ? config_.chunk_bytes / element : 0};
-  const SumSteps steps = {*this, *find_kernels(dtype), static_cast<const char*>(x), static_cast<char*>(out), element, split};
+  const SumSteps steps = {*this, *find_kernels(dtype), static_cast<const char*>(x), static_cast<char*>(out), element,
+                          split};
   if (!run({Op::kAllReduce, int32_t(dtype), 1, count, 0}, split.pieces(), steps)) return false;
   ++(two_shot ? num_two_shot_ : num_one_shot_);
   return true;
@@ -409,8 +410,8 @@ bool Communicator::all_gather(const void* x, void* out, int64_t bytes) {
 bool Communicator::reduce_scatter(DType dtype, const void* x, void* out, int64_t count) {
   const int64_t element = element_bytes(dtype);
   const Split split = {count, config_.piece_bytes / (element * config_.world_size), 0};
-  const ReduceScatterSteps steps = {{}, *this, *find_kernels(dtype), static_cast<const char*>(x), static_cast<char*>(out),
-                                    element, split};
+  const ReduceScatterSteps steps = {
+      {}, *this, *find_kernels(dtype), static_cast<const char*>(x), static_cast<char*>(out), element, split};
   return run({Op::kReduceScatter, int32_t(dtype), 1, count, 0}, split.pieces(), steps);
 }
 

@@ -54,7 +54,7 @@ class Communicator {
   bool all_reduce(DType dtype, const void* x, void* out, int64_t count);
   // All-reduce + add + RMSNorm, and per-group quantisation where target.quant asks for it.
   bool all_reduce_norm(DType dtype, const void* x, int64_t rows, const NormTarget& target);
-  bool all_gather(const void* x, void* out, int64_t bytes);  // out [world_size][bytes]
+  bool all_gather(const void* x, void* out, int64_t bytes);                   // out [world_size][bytes]
   bool reduce_scatter(DType dtype, const void* x, void* out, int64_t count);  // x [world_size][count]
   bool broadcast(void* x, int64_t bytes, int root);
   bool barrier();

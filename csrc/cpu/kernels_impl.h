@@ -98,8 +98,8 @@ FUSEDCOMM_INLINE float add_and_square(const Sources& sources, const T* residual,
 }
 
 template <class Format>
-FUSEDCOMM_INLINE void finish_group(const float* y, I32 magnitude, const QuantTarget& quant, int64_t hidden,
-                                   int64_t row, int64_t group) {
+FUSEDCOMM_INLINE void finish_group(const float* y, I32 magnitude, const QuantTarget& quant, int64_t hidden, int64_t row,
+                                   int64_t group) {
   float scale = group_scale(magnitude, Format::kMax);
   if (quant.packed_scale != nullptr) {
     const uint32_t exponent = ceil_exponent(scale);
@@ -133,7 +133,8 @@ FUSEDCOMM_INLINE void norm_row(const Sources& row_sources, const NormTarget& tar
   const int64_t hidden = target.hidden;
   const T* const residual =
       target.residual == nullptr ? nullptr : static_cast<const T*>(target.residual) + row * hidden;
-  T* const residual_out = target.residual_out == nullptr ? nullptr : static_cast<T*>(target.residual_out) + row * hidden;
+  T* const residual_out =
+      target.residual_out == nullptr ? nullptr : static_cast<T*>(target.residual_out) + row * hidden;
   T* const norm = target.norm == nullptr ? nullptr : static_cast<T*>(target.norm) + row * hidden;
 
   const float squares = add_and_square<T>(row_sources, residual, residual_out, hidden);
@@ -192,11 +193,8 @@ void quant(const void* x, int64_t hidden, const QuantTarget& target, int64_t fir
 
 template <class T>
 constexpr cpu::Kernels make_kernels(const char* isa) {
-  return {isa,
-          &sum<T>,
-          &norm<T, void>,
-          {&norm<T, E4M3fn>, &norm<T, E4M3fnuz>},
-          {&quant<T, E4M3fn>, &quant<T, E4M3fnuz>}};
+  return {
+      isa, &sum<T>, &norm<T, void>, {&norm<T, E4M3fn>, &norm<T, E4M3fnuz>}, {&quant<T, E4M3fn>, &quant<T, E4M3fnuz>}};
 }
 
 #define FUSEDCOMM_STRINGIZE_(x) #x

@@ -14,6 +14,7 @@ from fusedcomm import errors
 from fusedcomm.comm.symmetric_buffer import Exchange, SymmetricBuffer
 from fusedcomm.comm.tuning import Tuning
 from fusedcomm.native import CommConfig, Native
+from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 # cpu::Failure of csrc/cpu/communicator.h
 _FAILURES: dict[int, type[errors.GroupBrokenError]] = {
@@ -69,9 +70,19 @@ class CustomAllReduce:
         # also runs when the interpreter exits
         self._release = weakref.finalize(self, _release, native, self._handle, buffer, pidfds)
 
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Sum over ranks of x into out, both ``[...]`` of one dtype."""
-        self._complete(self._ops.comm_all_reduce.default, x, out)
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum over ranks of x ``[...]``, into out if given."""
+        handle, again = self._handle, self._ops.comm_all_reduce_out.default
+        if out is not None:
+            self._complete(again, x, out)
+            return out
+        try:
+            out, done = self._ops.comm_all_reduce.default(handle, x)
+            while not done:
+                done = again(handle, x, out)
+            return out
+        except BaseException as error:
+            raise self._translate(error) from None
 
     def allreduce_rmsnorm(
         self,
@@ -80,20 +91,20 @@ class CustomAllReduce:
         weight: torch.Tensor,
         eps: float,
         weight_bias: float,
-        norm: torch.Tensor,
-        residual_out: torch.Tensor,
-    ) -> None:
+    ) -> AddRMSNorm:
         """All-reduce + add + RMSNorm in one launch."""
-        self._complete(
-            self._ops.comm_allreduce_rmsnorm.default,
-            x,
-            residual,
-            weight,
-            eps,
-            weight_bias,
-            norm,
-            residual_out,
-        )
+        handle = self._handle
+        try:
+            norm, residual_out, done = self._ops.comm_allreduce_rmsnorm.default(
+                handle, x, residual, weight, eps, weight_bias
+            )
+            while not done:
+                done = self._ops.comm_allreduce_rmsnorm_out.default(
+                    handle, x, residual, weight, eps, weight_bias, norm, residual_out
+                )
+            return AddRMSNorm(norm, residual_out)
+        except BaseException as error:
+            raise self._translate(error) from None
 
     def allreduce_rmsnorm_quant(
         self,
@@ -103,25 +114,31 @@ class CustomAllReduce:
         eps: float,
         weight_bias: float,
         group_size: int,
-        fp8: torch.Tensor,
-        scale: torch.Tensor,
-        residual_out: torch.Tensor,
-        norm: torch.Tensor | None,
-    ) -> None:
+        emit_norm: bool,
+        scale_layout: ScaleLayout,
+    ) -> AddRMSNormQuant:
         """All-reduce + add + RMSNorm + per-group quantisation in one launch."""
-        self._complete(
-            self._ops.comm_allreduce_rmsnorm_quant.default,
-            x,
-            residual,
-            weight,
-            eps,
-            weight_bias,
-            group_size,
-            fp8,
-            scale,
-            residual_out,
-            norm,
-        )
+        handle = self._handle
+        try:
+            fp8, scale, residual_out, norm, done = self._ops.comm_allreduce_rmsnorm_quant.default(
+                handle,
+                x,
+                residual,
+                weight,
+                eps,
+                weight_bias,
+                group_size,
+                emit_norm,
+                scale_layout is ScaleLayout.COLUMN_MAJOR,
+                scale_layout is ScaleLayout.UE8M0_PACKED,
+            )
+            while not done:
+                done = self._ops.comm_allreduce_rmsnorm_quant_out.default(
+                    handle, x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, norm
+                )
+            return AddRMSNormQuant(fp8, scale, residual_out, norm, scale_layout)
+        except BaseException as error:
+            raise self._translate(error) from None
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x of every rank, in rank order, into out ``[world_size, ...]``; any dtype."""

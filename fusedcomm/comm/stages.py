@@ -19,8 +19,7 @@ from fusedcomm.comm.guard import CallGuard
 from fusedcomm.comm.local import LocalOps
 from fusedcomm.comm.plan import Facts, Plan, Stage, choose_plan
 from fusedcomm.env import Settings
-from fusedcomm.ops.checks import check_group_size, check_norm, check_out, check_x
-from fusedcomm.ops.quant import empty_quant
+from fusedcomm.ops.checks import check_cpu, check_group_size, check_norm, check_out, check_x
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 _MAX_CACHED_PLANS = 1024
@@ -79,6 +78,7 @@ class StagedCollectives:
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         """See GroupCoordinator.all_reduce."""
         check_x(x)
+        check_cpu(x)
         if out is not None:
             check_out(out, x, "out")
         plan = self.plan("all_reduce", x.shape, x.dtype)
@@ -104,7 +104,7 @@ class StagedCollectives:
         """See GroupCoordinator.allreduce_rmsnorm; None if ``fused_only`` and the fused stage is not eligible."""
         plan = self._plans.get(("allreduce_rmsnorm", getattr(x, "shape", None), getattr(x, "dtype", None), 0))
         if plan is None or plan.stage is not Stage.FUSED_NORM:
-            check_norm(x, residual, weight, eps, weight_bias)
+            self._check_norm(x, residual, weight, eps, weight_bias)
             plan = self.plan("allreduce_rmsnorm", x.shape, x.dtype)
             if fused_only and plan.stage is not Stage.FUSED_NORM:
                 return None
@@ -117,7 +117,7 @@ class StagedCollectives:
             return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
         except BaseException as error:
             self._guard.failed(error)
-            check_norm(x, residual, weight, eps, weight_bias)
+            self._check_norm(x, residual, weight, eps, weight_bias)
             raise
         finally:
             self._guard.end()
@@ -138,7 +138,7 @@ class StagedCollectives:
         op = "allreduce_rmsnorm_quant"
         plan = self._plans.get((op, getattr(x, "shape", None), getattr(x, "dtype", None), group_size))
         if plan is None or plan.stage is not Stage.FUSED:
-            check_norm(x, residual, weight, eps, weight_bias)
+            self._check_norm(x, residual, weight, eps, weight_bias)
             check_group_size(x.shape[-1], group_size)
             plan = self.plan(op, x.shape, x.dtype, group_size)
             if fused_only and plan.stage is not Stage.FUSED:
@@ -164,20 +164,25 @@ class StagedCollectives:
             )
         except BaseException as error:
             self._guard.failed(error)
-            check_norm(x, residual, weight, eps, weight_bias)
+            self._check_norm(x, residual, weight, eps, weight_bias)
             raise
         finally:
             self._guard.end()
 
+    def _check_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
+    ) -> None:
+        check_norm(x, residual, weight, eps, weight_bias)
+        check_cpu(x)
+
     def _sum(self, stage: Stage, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         x = x.contiguous()
+        if self._custom is not None and stage is not Stage.PROCESS_GROUP:
+            return self._custom.all_reduce(x, out)
         out = torch.empty_like(x) if out is None else out
         if self._group is None:
             return torch.add(x, 0.0, out=out)  # a sum of one starts from +0 as well: -0 becomes +0
-        if stage is Stage.PROCESS_GROUP or self._custom is None:
-            process_group.all_reduce(x, out, self._group, deterministic=self._deterministic)
-        else:
-            self._custom.all_reduce(x, out)
+        process_group.all_reduce(x, out, self._group, deterministic=self._deterministic)
         return out
 
     def _fused_norm(
@@ -191,11 +196,8 @@ class StagedCollectives:
         if self._custom is None:  # one rank
             total = self._sum(Stage.FUSED_NORM, x)
             return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
-        x = x.contiguous()
-        result = AddRMSNorm(torch.empty_like(x), torch.empty_like(x))
         residual = None if residual is None else residual.contiguous()
-        self._custom.allreduce_rmsnorm(x, residual, weight.contiguous(), eps, weight_bias, *result)
-        return result
+        return self._custom.allreduce_rmsnorm(x.contiguous(), residual, weight.contiguous(), eps, weight_bias)
 
     def _fused_quant(
         self,
@@ -219,15 +221,10 @@ class StagedCollectives:
                 scale_layout=scale_layout,
                 weight_bias=weight_bias,
             )
-        x = x.contiguous()
-        fp8, scale = empty_quant(x, group_size, scale_layout, torch.float8_e4m3fn)
-        residual_out = torch.empty_like(x)
-        norm = torch.empty_like(x) if emit_bf16 else None
         residual = None if residual is None else residual.contiguous()
-        self._custom.allreduce_rmsnorm_quant(
-            x, residual, weight.contiguous(), eps, weight_bias, group_size, fp8, scale, residual_out, norm
+        return self._custom.allreduce_rmsnorm_quant(
+            x.contiguous(), residual, weight.contiguous(), eps, weight_bias, group_size, emit_bf16, scale_layout
         )
-        return AddRMSNormQuant(fp8, scale, residual_out, norm, scale_layout)
 
     # ---- data that moves as it is ----
 
@@ -312,8 +309,7 @@ class StagedCollectives:
 def _check_dim(x: torch.Tensor, dim: int) -> int:
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}")
+    check_cpu(x)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if not -x.dim() <= dim < x.dim():

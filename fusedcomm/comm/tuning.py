@@ -27,8 +27,8 @@ def choose_tuning(world_size: int, cores: int, slot: int) -> Tuning:
     """The tuning for ranks that share ``cores`` cores (the smallest count that a rank reported)."""
     if world_size > cores:
         # Every round costs each rank a turn on a core: as few rounds as fit, and no spinning on a core that the rank
-        # waited for needs.
-        return Tuning(piece_bytes=slot, one_shot_max_bytes=64 << 10, chunk_bytes=64 << 10, spins=0, yield_ns=200_000)
+        # waited for needs. Yielding beats sleeping on an idle machine and loses badly on a busy one.
+        return Tuning(piece_bytes=slot, one_shot_max_bytes=64 << 10, chunk_bytes=64 << 10, spins=0, yield_ns=0)
     # Pieces that stay in the second-level cache between the copy in and the sum.
     piece = min(slot, 256 << 10)
     two_shot_from = (1 << 62) if world_size <= 2 else 256 << 10

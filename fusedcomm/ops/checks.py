@@ -22,6 +22,12 @@ def check_x(x: torch.Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected at least one dimension, got a scalar")
 
 
+def check_cpu(x: torch.Tensor) -> None:
+    """The tensor lives where the group does."""
+    if x.device.type != "cpu":
+        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}")
+
+
 def check_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
 ) -> None:

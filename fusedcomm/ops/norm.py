@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from fusedcomm.native import empty_quant
 from fusedcomm.ops import reference
 from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_norm, check_out
 from fusedcomm.ops.dispatch import local_backend
-from fusedcomm.ops.quant import check_quant_out, empty_quant
+from fusedcomm.ops.quant import check_quant_out, layout_flags
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
 
 
@@ -35,10 +36,13 @@ def rms_norm(
     if out is not None:
         check_out(out, x, "out")
     if local_backend(x.device.type) == "torch":
-        result = reference.rms_norm(x, weight, eps, weight_bias=weight_bias)
-        return result if out is None else out.copy_(result)
-    out = _empty_like(x) if out is None else out
-    torch.ops.fusedcomm.rms_norm_out(x.contiguous(), weight.contiguous(), eps, weight_bias, out)
+        normed = reference.rms_norm(x, weight, eps, weight_bias=weight_bias)
+        return normed if out is None else out.copy_(normed)
+    x, weight = x.contiguous(), weight.contiguous()
+    if out is None:
+        result: torch.Tensor = torch.ops.fusedcomm.rms_norm.default(x, weight, eps, weight_bias)
+        return result
+    torch.ops.fusedcomm.rms_norm_out.default(x, weight, eps, weight_bias, out)
     return out
 
 
@@ -73,11 +77,12 @@ def fused_add_rms_norm(
     if local_backend(x.device.type) == "torch":
         result = reference.fused_add_rms_norm(x, residual, weight, eps, weight_bias=weight_bias)
         return result if out is None else AddRMSNorm(out.norm.copy_(result.norm), out.residual.copy_(result.residual))
-    norm, residual_out = (_empty_like(x), _empty_like(x)) if out is None else out
-    torch.ops.fusedcomm.fused_add_rms_norm_out(
-        x.contiguous(), _contiguous(residual), weight.contiguous(), eps, weight_bias, norm, residual_out
-    )
-    return AddRMSNorm(norm, residual_out)
+    x, weight = x.contiguous(), weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if out is None:
+        return AddRMSNorm(*torch.ops.fusedcomm.fused_add_rms_norm.default(x, residual, weight, eps, weight_bias))
+    torch.ops.fusedcomm.fused_add_rms_norm_out.default(x, residual, weight, eps, weight_bias, *out)
+    return AddRMSNorm(*out)
 
 
 def fused_add_rms_norm_quant(
@@ -129,30 +134,20 @@ def fused_add_rms_norm_quant(
             weight_bias=weight_bias,
         )
         return result if out is None else _copy_to(out, result)
+    weight = weight.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if out is None and not emit_bf16:
+        fp8, scale, residual_out = torch.ops.fusedcomm.fused_add_rms_norm_quant.default(
+            x, residual, weight, eps, weight_bias, group_size, *layout_flags(scale_layout, fp8_dtype)
+        )
+        return AddRMSNormQuant(fp8, scale, residual_out, None, scale_layout)
     if out is None:
-        fp8, scale = empty_quant(x, group_size, scale_layout, fp8_dtype)
-        out = AddRMSNormQuant(fp8, scale, _empty_like(x), _empty_like(x) if emit_bf16 else None, scale_layout)
-    torch.ops.fusedcomm.fused_add_rms_norm_quant_out(
-        x,
-        _contiguous(residual),
-        weight.contiguous(),
-        eps,
-        weight_bias,
-        group_size,
-        out.fp8,
-        out.scale,
-        out.residual,
-        out.norm,
+        fp8, scale = empty_quant(x, group_size, *layout_flags(scale_layout, fp8_dtype))
+        out = AddRMSNormQuant(fp8, scale, torch.empty_like(x), torch.empty_like(x), scale_layout)
+    torch.ops.fusedcomm.fused_add_rms_norm_quant_out.default(
+        x, residual, weight, eps, weight_bias, group_size, out.fp8, out.scale, out.residual, out.norm
     )
     return out
-
-
-def _empty_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _check_norm_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.Tensor) -> None:

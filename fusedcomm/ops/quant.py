@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from fusedcomm.native import empty_quant
 from fusedcomm.ops import reference
 from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_x
 from fusedcomm.ops.dispatch import local_backend
 from fusedcomm.ops.types import GroupQuant, ScaleLayout
 
 
-def empty_quant(
-    x: torch.Tensor, group_size: int, scale_layout: ScaleLayout, fp8_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised ``fp8 [..., H]`` and ``scale`` of the given layout for x ``[..., H]``."""
-    fp8 = torch.empty_like(x, dtype=fp8_dtype, memory_format=torch.contiguous_format)
-    groups = x.shape[-1] // group_size
-    if scale_layout is ScaleLayout.ROW_MAJOR:
-        return fp8, x.new_empty(*x.shape[:-1], groups, dtype=torch.float32)
-    rows = x.numel() // x.shape[-1]
-    columns, dtype = (
-        (groups, torch.float32)
-        if scale_layout is ScaleLayout.COLUMN_MAJOR
-        else (
-            (groups + 3) // 4,
-            torch.int32,
-        )
+class LayoutFlags(NamedTuple):
+    """A scale layout and an FP8 format as the native operators take them."""
+
+    column_major: bool
+    packed: bool
+    fnuz: bool
+
+
+def layout_flags(scale_layout: ScaleLayout, fp8_dtype: torch.dtype = torch.float8_e4m3fn) -> LayoutFlags:
+    """The flags of a layout and a format."""
+    return LayoutFlags(
+        scale_layout is ScaleLayout.COLUMN_MAJOR,
+        scale_layout is ScaleLayout.UE8M0_PACKED,
+        fp8_dtype is torch.float8_e4m3fnuz,
     )
-    stride = (rows + 3) // 4 * 4
-    return fp8, x.new_empty(columns * stride, dtype=dtype).as_strided((rows, columns), (1, stride))
 
 
 def check_quant_out(
     x: torch.Tensor, group_size: int, scale_layout: ScaleLayout, fp8_dtype: torch.dtype, out: GroupQuant
 ) -> None:
     """The caller's ``fp8`` and ``scale`` have the shape, dtype and strides that empty_quant would give them."""
-    with torch.device("meta"):
-        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
-    expected = empty_quant(like, group_size, scale_layout, fp8_dtype)
+    like = torch.empty_like(x, device="meta")
+    expected = empty_quant(like, group_size, *layout_flags(scale_layout, fp8_dtype))
     for name, want, got in zip(("out.fp8", "out.scale"), expected, (out.fp8, out.scale), strict=True):
         facts = (tuple(want.shape), want.dtype, want.stride(), x.device)
         if (tuple(got.shape), got.dtype, got.stride(), got.device) != facts:
@@ -83,6 +81,9 @@ def per_group_quant_fp8(
         out.fp8.copy_(result.fp8)
         out.scale.copy_(result.scale)
         return GroupQuant(out.fp8, out.scale, scale_layout)
-    fp8, scale = (out.fp8, out.scale) if out is not None else empty_quant(x, group_size, scale_layout, fp8_dtype)
-    torch.ops.fusedcomm.per_group_quant_fp8_out(x, group_size, fp8, scale)
-    return GroupQuant(fp8, scale, scale_layout)
+    if out is None:
+        flags = layout_flags(scale_layout, fp8_dtype)
+        fp8, scale = torch.ops.fusedcomm.per_group_quant_fp8.default(x, group_size, *flags)
+        return GroupQuant(fp8, scale, scale_layout)
+    torch.ops.fusedcomm.per_group_quant_fp8_out.default(x, group_size, out.fp8, out.scale)
+    return GroupQuant(out.fp8, out.scale, scale_layout)

@@ -58,10 +58,10 @@ struct SegmentHeader {
   RankStatus status;
   // The counters of the whole group are those in the segment of rank 0.
   WaitWord arrived[kNumGenerations];
-  WaitWord shared[kNumGenerations];                          // chunks summed, two-shot
+  WaitWord shared[kNumGenerations];  // chunks summed, two-shot
   struct alignas(64) Ticket {
     std::atomic<uint64_t> next{0};
-  } tickets[kNumGenerations];                                // next chunk to sum, two-shot
+  } tickets[kNumGenerations];  // next chunk to sum, two-shot
 };
 
 static_assert(sizeof(SegmentHeader) <= kHeaderBytes, "the header has one page");
