@@ -173,7 +173,13 @@ def _allocate(size: int, kind: str, initialize: Callable[[int], None]) -> tuple[
         if name:
             _unlink(name)
         return None, Export(os.getpid(), -1, 0, 0, 0, "", f"cannot allocate {size} bytes of shared memory: {error}")
-    initialize(segment.address)
+    try:
+        initialize(segment.address)
+    except BaseException:
+        segment.close()
+        if name:
+            _unlink(name)
+        raise
     stat = os.fstat(fd)
     return segment, Export(os.getpid(), fd, stat.st_dev, stat.st_ino, size, name, "")
 
