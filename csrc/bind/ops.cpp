@@ -48,6 +48,11 @@ DType dtype_of(const Tensor& t) {
   return DType::kFloat;
 }
 
+// Inputs may have any strides; outputs may not.
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : t; }
+
 bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -247,6 +252,7 @@ void local_norm(const Tensor& x, const NormTarget& target) {
 // ---- local ops ----
 
 void rms_norm_out(Tensor x, Tensor weight, double eps, double weight_bias, Tensor out) {
+  x = dense(x), weight = dense(weight);
   local_norm(x, norm_target(x, std::nullopt, weight, eps, weight_bias, out, std::nullopt));
 }
 
@@ -258,6 +264,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, double weight_bias) {
 
 void fused_add_rms_norm_out(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, double weight_bias,
                             Tensor norm, Tensor residual_out) {
+  x = dense(x), residual = dense(residual), weight = dense(weight);
   local_norm(x, norm_target(x, residual, weight, eps, weight_bias, norm, residual_out));
 }
 
@@ -271,6 +278,7 @@ std::tuple<Tensor, Tensor> fused_add_rms_norm(Tensor x, std::optional<Tensor> re
 void fused_add_rms_norm_quant_out(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
                                   double weight_bias, int64_t group_size, Tensor fp8, Tensor scale, Tensor residual_out,
                                   std::optional<Tensor> norm) {
+  x = dense(x), residual = dense(residual), weight = dense(weight);
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   target.quant = quant_target(shape_of(x), group_size, fp8, scale);
   local_norm(x, target);
@@ -279,6 +287,7 @@ void fused_add_rms_norm_quant_out(Tensor x, std::optional<Tensor> residual, Tens
 std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_quant(Tensor x, std::optional<Tensor> residual, Tensor weight,
                                                             double eps, double weight_bias, int64_t group_size,
                                                             bool column_major, bool packed, bool fnuz) {
+  x = dense(x);
   Quantized q = empty_quant(x, group_size, column_major, packed, fnuz);
   Tensor residual_out = new_like(x);
   fused_add_rms_norm_quant_out(x, residual, weight, eps, weight_bias, group_size, q.fp8, q.scale, residual_out,
@@ -287,6 +296,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_quant(Tensor x, std::optio
 }
 
 void per_group_quant_fp8_out(Tensor x, int64_t group_size, Tensor fp8, Tensor scale) {
+  x = dense(x);
   const Shape shape = shape_of(x);
   const QuantTarget target = quant_target(shape, group_size, fp8, scale);
   const auto quant = cpu::find_kernels(dtype_of(x))->quant[int(target.format)];
@@ -296,6 +306,7 @@ void per_group_quant_fp8_out(Tensor x, int64_t group_size, Tensor fp8, Tensor sc
 
 std::tuple<Tensor, Tensor> per_group_quant_fp8(Tensor x, int64_t group_size, bool column_major, bool packed,
                                                bool fnuz) {
+  x = dense(x);
   Quantized q = empty_quant(x, group_size, column_major, packed, fnuz);
   per_group_quant_fp8_out(x, group_size, q.fp8, q.scale);
   return {q.fp8, q.scale};
@@ -307,8 +318,8 @@ std::tuple<Tensor, Tensor> per_group_quant_fp8(Tensor x, int64_t group_size, boo
 // microseconds of cold code, and four allocations would cost more than the collective.
 
 bool comm_all_reduce_out(int64_t comm, Tensor x, Tensor out) {
+  x = dense(x);
   check_like("out", out, x);
-  STD_TORCH_CHECK(x.is_contiguous(), "x: expected a contiguous tensor");
   return communicator(comm).all_reduce(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), x.numel());
 }
 
@@ -320,6 +331,7 @@ std::tuple<Tensor, bool> comm_all_reduce(int64_t comm, Tensor x) {
 
 bool comm_allreduce_rmsnorm_out(int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
                                 double weight_bias, Tensor norm, Tensor residual_out) {
+  x = dense(x), residual = dense(residual), weight = dense(weight);
   const NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
 }
@@ -334,6 +346,7 @@ std::tuple<Tensor, Tensor, bool> comm_allreduce_rmsnorm(int64_t comm, Tensor x, 
 bool comm_allreduce_rmsnorm_quant_out(int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
                                       double weight_bias, int64_t group_size, Tensor fp8, Tensor scale,
                                       Tensor residual_out, std::optional<Tensor> norm) {
+  x = dense(x), residual = dense(residual), weight = dense(weight);
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   target.quant = quant_target(shape_of(x), group_size, fp8, scale);
   return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
@@ -342,6 +355,7 @@ bool comm_allreduce_rmsnorm_quant_out(int64_t comm, Tensor x, std::optional<Tens
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, bool> comm_allreduce_rmsnorm_quant(
     int64_t comm, Tensor x, std::optional<Tensor> residual, Tensor weight, double eps, double weight_bias,
     int64_t group_size, bool emit_norm, bool column_major, bool packed) {
+  x = dense(x);
   Quantized q = empty_quant(x, group_size, column_major, packed, false);
   Tensor residual_out = new_like(x);
   std::optional<Tensor> norm;
@@ -352,6 +366,7 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, bool> comm_allreduce_r
 }
 
 bool comm_all_gather(int64_t comm, Tensor x, Tensor out) {
+  x = dense(x);
   const int64_t bytes = x.numel() * int64_t(x.element_size());
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && out.is_cpu() && out.is_contiguous() &&
                       out.numel() * int64_t(out.element_size()) == bytes * communicator(comm).config().world_size,
@@ -360,6 +375,7 @@ bool comm_all_gather(int64_t comm, Tensor x, Tensor out) {
 }
 
 bool comm_reduce_scatter(int64_t comm, Tensor x, Tensor out) {
+  x = dense(x);
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && out.is_cpu() && out.is_contiguous() &&
                       x.scalar_type() == out.scalar_type() &&
                       x.numel() == out.numel() * communicator(comm).config().world_size,

@@ -16,19 +16,21 @@ _CALL_TEXT_BYTES = 256
 class CallGuard:
     """``begin`` before a collective, ``end`` after it whatever happened, ``failed`` in between if it raised."""
 
-    def __init__(self, exchange: Exchange, *, compare_calls: bool) -> None:
+    compare_calls = False
+    """Whether ranks compare every call before they make it (``FUSEDCOMM_DEBUG=1``)."""
+
+    def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._compare = compare_calls
         self._lock = threading.Lock()
         self._refusal: Callable[[], Exception] | None = None
 
     def begin(self, op: str, x: torch.Tensor | None = None, option: int | None = None) -> None:
-        """Raises if the group cannot be used; with ``compare_calls`` also on all ranks if their calls differ."""
+        """Raises if the group cannot be used; with compare_calls also on all ranks if their calls differ."""
         if self._refusal is not None:
             raise self._refusal()
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(f"{op}: the group is in use by another thread; it serves one thread at a time")
-        if self._compare:
+        if self.compare_calls:
             try:
                 self._compare_calls(op, x, option)
             except BaseException as error:

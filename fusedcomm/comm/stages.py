@@ -1,7 +1,8 @@
 """The collectives of a group: each call takes the fastest stage that its plan allows.
 
 The hot path makes no checks in Python: the first call with a shape is checked here, and the native operators check
-every call before anything is sent. If one refuses, the full checks run again to say what is wrong.
+every call before anything is sent. If one refuses, the full checks run again to say what is wrong. Where eight ranks
+share two cores, each Python function on the way costs every rank microseconds, because its code has left the caches.
 """
 
 from __future__ import annotations
@@ -26,41 +27,205 @@ _MAX_CACHED_PLANS = 1024
 
 
 class StagedCollectives:
-    """Runs collectives for one group; tensors are checked here, the group's life is its owner's business.
+    """The collectives of GroupCoordinator, which derives from it and owns what they use."""
 
-    Args:
-        guard: entered around every call.
-        custom: the custom all-reduce, or None where no rank has it.
-        group: the process group, or None at world size 1.
-        local: what computes the local part of the staged paths.
-        facts: those of every call of this group; op, shape and dtype are filled in.
-    """
+    _rank: int
+    _world_size: int
+    _guard: CallGuard
+    _custom: CustomAllReduce | None
+    _group: dist.ProcessGroup | None
+    _settings: Settings
+    _local: LocalOps
+    _facts: Callable[..., Facts]  # those of the group; op, shape and dtype of the call are filled in
 
-    def __init__(
+    def __init__(self) -> None:
+        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._stats: Counter[str] = Counter()
+
+    # ---- sums ----
+
+    def all_reduce(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum of x over the ranks, in fp32 and rank order, rounded once; the same bits on every rank.
+
+        Args:
+            x: ``[..., H]``, bf16, fp16 or fp32, any size; made contiguous if it is not.
+            out: written and returned; like x, contiguous, may be x itself.
+
+        Raises:
+            ValueError: a bad argument, before anything is sent.
+            GroupBrokenError: a rank died, a wait passed its deadline, or ranks made different calls.
+        """
+        plan = self._plans.get(("all_reduce", getattr(x, "shape", None), getattr(x, "dtype", None), 0))
+        if plan is None:
+            _check_sum(x, out)
+            plan = self._plan("all_reduce", x)
+        self._guard.begin("all_reduce", x)
+        try:
+            self._stats[plan.counter] += 1
+            return self._sum(plan.stage, x, out)
+        except BaseException as error:
+            self._guard.failed(error)
+            _check_sum(x, out)
+            raise
+        finally:
+            self._guard.end()
+
+    def fused_allreduce_rmsnorm(
         self,
-        guard: CallGuard,
-        custom: CustomAllReduce | None,
-        group: dist.ProcessGroup | None,
-        local: LocalOps,
-        facts: Callable[..., Facts],
-        settings: Settings,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._guard = guard
-        self._custom = custom
-        self._group = group
-        self._local = local
-        self._facts = facts
-        self._deterministic = settings.deterministic
-        self._moves = None if settings.disable_custom_ar else custom
-        self._rank = rank
-        self._world_size = world_size
-        self._plans: dict[tuple[Any, ...], Plan] = {}
-        self.stats: Counter[str] = Counter()
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+    ) -> AddRMSNorm | None:
+        """All-reduce, residual addition and RMSNorm in one launch; None where no fused kernel is eligible.
 
-    def plan(self, op: str, shape: torch.Size, dtype: torch.dtype, group_size: int = 0) -> Plan:
-        """The plan of a call, cached."""
+        None follows from facts that all ranks share and comes before any side effect; then ``allreduce_rmsnorm`` (the
+        same arguments) completes by the staged path, with the same bits.
+
+        Args:
+            x: this rank's partial sum ``[..., H]``, bf16, fp16 or fp32, H up to 32,768; made contiguous if it is not.
+            residual: like x, or None; this rank's own, it is not summed over ranks.
+            weight: ``[H]``, dtype of x or fp32.
+            eps: added to the mean of squares; >= 0.
+            weight_bias: added to the weight (1 for Gemma).
+
+        Returns:
+            ``norm`` and the new ``residual``, both like x.
+
+        Raises:
+            ValueError: a bad argument, before anything is sent.
+            GroupBrokenError: as for all_reduce.
+        """
+        plan = self._plans.get(("allreduce_rmsnorm", getattr(x, "shape", None), getattr(x, "dtype", None), 0))
+        if plan is None:
+            _check_norm(x, residual, weight, eps, weight_bias)
+            plan = self._plan("allreduce_rmsnorm", x)
+        if plan.stage is not Stage.FUSED_NORM:
+            _check_norm(x, residual, weight, eps, weight_bias)
+            return None
+        self._guard.begin("allreduce_rmsnorm", x)
+        try:
+            self._stats[plan.counter] += 1
+            return self._fused_norm(x, residual, weight, eps, weight_bias)
+        except BaseException as error:
+            self._guard.failed(error)
+            _check_norm(x, residual, weight, eps, weight_bias)
+            raise
+        finally:
+            self._guard.end()
+
+    def fused_allreduce_rmsnorm_quant_per_group(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        group_size: int = 128,
+        emit_bf16: bool = False,
+        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+        weight_bias: float = 0.0,
+    ) -> AddRMSNormQuant | None:
+        """As fused_allreduce_rmsnorm, with per-group FP8 quantisation in the same launch; None where not eligible.
+
+        Args:
+            x, residual, weight, eps, weight_bias: as for fused_allreduce_rmsnorm.
+            group_size: 32, 64, 128 or 256; divides H.
+            emit_bf16: also return the normed rows as ``norm``.
+            scale_layout: see ScaleLayout.
+
+        Raises:
+            ValueError: a bad argument, before anything is sent.
+            GroupBrokenError: as for all_reduce.
+        """
+        op = "allreduce_rmsnorm_quant"
+        plan = self._plans.get((op, getattr(x, "shape", None), getattr(x, "dtype", None), group_size))
+        if plan is None:
+            _check_norm(x, residual, weight, eps, weight_bias)
+            check_group_size(x.shape[-1], group_size)
+            plan = self._plan(op, x, group_size)
+        if plan.stage is not Stage.FUSED:
+            _check_norm(x, residual, weight, eps, weight_bias)
+            return None
+        self._guard.begin(op, x, group_size)
+        try:
+            self._stats[plan.counter] += 1
+            return self._fused_quant(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        except BaseException as error:
+            self._guard.failed(error)
+            _check_norm(x, residual, weight, eps, weight_bias)
+            raise
+        finally:
+            self._guard.end()
+
+    def allreduce_rmsnorm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+    ) -> AddRMSNorm:
+        """As fused_allreduce_rmsnorm, by the fastest stage that is eligible: it always completes."""
+        fused = self.fused_allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
+        if fused is not None:
+            return fused
+        plan = self._plan("allreduce_rmsnorm", x)
+        self._guard.begin("allreduce_rmsnorm", x)
+        try:
+            self._stats[plan.counter] += 1
+            total = self._sum(plan.stage, x)
+            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
+        except BaseException as error:
+            self._guard.failed(error)
+            raise
+        finally:
+            self._guard.end()
+
+    def allreduce_rmsnorm_quant(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        group_size: int = 128,
+        emit_bf16: bool = False,
+        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+        weight_bias: float = 0.0,
+    ) -> AddRMSNormQuant:
+        """As fused_allreduce_rmsnorm_quant_per_group, by the fastest stage that is eligible: it always completes."""
+        options: dict[str, Any] = {"group_size": group_size, "emit_bf16": emit_bf16, "scale_layout": scale_layout}
+        fused = self.fused_allreduce_rmsnorm_quant_per_group(
+            x, residual, weight, eps, weight_bias=weight_bias, **options
+        )
+        if fused is not None:
+            return fused
+        op = "allreduce_rmsnorm_quant"
+        plan = self._plan(op, x, group_size)
+        self._guard.begin(op, x, group_size)
+        try:
+            self._stats[plan.counter] += 1
+            if plan.stage is Stage.FUSED_NORM:
+                norm, residual_out = self._fused_norm(x, residual, weight, eps, weight_bias)
+                fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
+                return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
+            return self._local.fused_add_rms_norm_quant(
+                self._sum(plan.stage, x), residual, weight, eps, weight_bias=weight_bias, **options
+            )
+        except BaseException as error:
+            self._guard.failed(error)
+            raise
+        finally:
+            self._guard.end()
+
+    def _plan(self, op: str, x: torch.Tensor, group_size: int = 0) -> Plan:
+        return self._plan_shape(op, x.shape, x.dtype, group_size)
+
+    def _plan_shape(self, op: str, shape: torch.Size, dtype: torch.dtype, group_size: int) -> Plan:
         key = (op, shape, dtype, group_size)
         plan = self._plans.get(key)
         if plan is None:
@@ -73,116 +238,14 @@ class StagedCollectives:
             )
         return plan
 
-    # ---- sums ----
-
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
-        """See GroupCoordinator.all_reduce."""
-        check_x(x)
-        check_cpu(x)
-        if out is not None:
-            check_out(out, x, "out")
-        plan = self.plan("all_reduce", x.shape, x.dtype)
-        self._guard.begin("all_reduce", x)
-        try:
-            self.stats[plan.counter] += 1
-            return self._sum(plan.stage, x, out)
-        except BaseException as error:
-            self._guard.failed(error)
-            raise
-        finally:
-            self._guard.end()
-
-    def allreduce_rmsnorm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_bias: float,
-        fused_only: bool,
-    ) -> AddRMSNorm | None:
-        """See GroupCoordinator.allreduce_rmsnorm; None if ``fused_only`` and the fused stage is not eligible."""
-        plan = self._plans.get(("allreduce_rmsnorm", getattr(x, "shape", None), getattr(x, "dtype", None), 0))
-        if plan is None or plan.stage is not Stage.FUSED_NORM:
-            self._check_norm(x, residual, weight, eps, weight_bias)
-            plan = self.plan("allreduce_rmsnorm", x.shape, x.dtype)
-            if fused_only and plan.stage is not Stage.FUSED_NORM:
-                return None
-        self._guard.begin("allreduce_rmsnorm", x)
-        try:
-            self.stats[plan.counter] += 1
-            if plan.stage is Stage.FUSED_NORM:
-                return self._fused_norm(x, residual, weight, eps, weight_bias)
-            total = self._sum(plan.stage, x)
-            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
-        except BaseException as error:
-            self._guard.failed(error)
-            self._check_norm(x, residual, weight, eps, weight_bias)
-            raise
-        finally:
-            self._guard.end()
-
-    def allreduce_rmsnorm_quant(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_bias: float,
-        group_size: int,
-        emit_bf16: bool,
-        scale_layout: ScaleLayout,
-        fused_only: bool,
-    ) -> AddRMSNormQuant | None:
-        """See GroupCoordinator.allreduce_rmsnorm_quant; None if ``fused_only`` and stage 1 is not eligible."""
-        op = "allreduce_rmsnorm_quant"
-        plan = self._plans.get((op, getattr(x, "shape", None), getattr(x, "dtype", None), group_size))
-        if plan is None or plan.stage is not Stage.FUSED:
-            self._check_norm(x, residual, weight, eps, weight_bias)
-            check_group_size(x.shape[-1], group_size)
-            plan = self.plan(op, x.shape, x.dtype, group_size)
-            if fused_only and plan.stage is not Stage.FUSED:
-                return None
-        self._guard.begin(op, x, group_size)
-        try:
-            self.stats[plan.counter] += 1
-            if plan.stage is Stage.FUSED:
-                return self._fused_quant(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
-            if plan.stage is Stage.FUSED_NORM:
-                norm, residual_out = self._fused_norm(x, residual, weight, eps, weight_bias)
-                fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
-                return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
-            return self._local.fused_add_rms_norm_quant(
-                self._sum(plan.stage, x),
-                residual,
-                weight,
-                eps,
-                group_size=group_size,
-                emit_bf16=emit_bf16,
-                scale_layout=scale_layout,
-                weight_bias=weight_bias,
-            )
-        except BaseException as error:
-            self._guard.failed(error)
-            self._check_norm(x, residual, weight, eps, weight_bias)
-            raise
-        finally:
-            self._guard.end()
-
-    def _check_norm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
-    ) -> None:
-        check_norm(x, residual, weight, eps, weight_bias)
-        check_cpu(x)
-
     def _sum(self, stage: Stage, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        x = x.contiguous()
         if self._custom is not None and stage is not Stage.PROCESS_GROUP:
             return self._custom.all_reduce(x, out)
+        x = x.contiguous()
         out = torch.empty_like(x) if out is None else out
         if self._group is None:
             return torch.add(x, 0.0, out=out)  # a sum of one starts from +0 as well: -0 becomes +0
-        process_group.all_reduce(x, out, self._group, deterministic=self._deterministic)
+        process_group.all_reduce(x, out, self._group, deterministic=self._settings.deterministic)
         return out
 
     def _fused_norm(
@@ -193,11 +256,10 @@ class StagedCollectives:
         eps: float,
         weight_bias: float,
     ) -> AddRMSNorm:
-        if self._custom is None:  # one rank
-            total = self._sum(Stage.FUSED_NORM, x)
-            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
-        residual = None if residual is None else residual.contiguous()
-        return self._custom.allreduce_rmsnorm(x.contiguous(), residual, weight.contiguous(), eps, weight_bias)
+        if self._custom is not None:
+            return self._custom.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
+        total = self._sum(Stage.FUSED_NORM, x)  # one rank
+        return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
 
     def _fused_quant(
         self,
@@ -210,52 +272,59 @@ class StagedCollectives:
         emit_bf16: bool,
         scale_layout: ScaleLayout,
     ) -> AddRMSNormQuant:
-        if self._custom is None:  # one rank
-            return self._local.fused_add_rms_norm_quant(
-                self._sum(Stage.FUSED, x),
-                residual,
-                weight,
-                eps,
-                group_size=group_size,
-                emit_bf16=emit_bf16,
-                scale_layout=scale_layout,
-                weight_bias=weight_bias,
+        if self._custom is not None:
+            return self._custom.allreduce_rmsnorm_quant(
+                x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
             )
-        residual = None if residual is None else residual.contiguous()
-        return self._custom.allreduce_rmsnorm_quant(
-            x.contiguous(), residual, weight.contiguous(), eps, weight_bias, group_size, emit_bf16, scale_layout
+        return self._local.fused_add_rms_norm_quant(
+            self._sum(Stage.FUSED, x),  # one rank
+            residual,
+            weight,
+            eps,
+            group_size=group_size,
+            emit_bf16=emit_bf16,
+            scale_layout=scale_layout,
+            weight_bias=weight_bias,
         )
 
     # ---- data that moves as it is ----
 
-    def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """See GroupCoordinator.all_gather."""
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        """The x of all ranks, joined along ``dim`` in rank order; x ``[...]`` has the same shape on every rank.
+
+        Any dtype. Raises as all_reduce does.
+        """
         dim = _check_dim(x, dim)
         x = x.contiguous()
         out = x.new_empty(self._world_size, *x.shape)
+        moves = self._moving()
         if self._group is None:
             self._run("all_gather", x, None, lambda: out[0].copy_(x))
-        elif self._moves is not None:
-            self._run("all_gather", x, None, self._moves.all_gather, x, out)
+        elif moves is not None:
+            self._run("all_gather", x, None, moves.all_gather, x, out)
         else:
             self._run("all_gather", x, None, process_group.all_gather, x, out, self._group)
         # [W, a, n, b] -> [a, W * n, b]; along dim 0 this is a view
         return out.movedim(0, dim).flatten(dim, dim + 1)
 
-    def reduce_scatter(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """See GroupCoordinator.reduce_scatter."""
+    def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """This rank's share, along ``dim``, of the sum of x over the ranks; ``x.shape[dim]`` divides by world_size.
+
+        The same arithmetic as all_reduce. Raises as it does.
+        """
         check_x(x)
         dim = _check_dim(x, dim)
         if x.shape[dim] % self._world_size:
             raise ValueError(f"x: expected a size along dim {dim} divisible by {self._world_size}, got {x.shape[dim]}")
         parts = x.unflatten(dim, (self._world_size, -1)).movedim(dim, 0).contiguous()
         out = torch.empty_like(parts[0])
+        moves = self._moving()
         if self._group is None:
             self._run("reduce_scatter", x, dim, lambda: torch.add(parts[0], 0.0, out=out))
-        elif self._moves is not None:
-            self._run("reduce_scatter", x, dim, self._moves.reduce_scatter, parts, out)
+        elif moves is not None:
+            self._run("reduce_scatter", x, dim, moves.reduce_scatter, parts, out)
         else:
-            group, deterministic = self._group, self._deterministic
+            group, deterministic = self._group, self._settings.deterministic
             self._run(
                 "reduce_scatter",
                 x,
@@ -264,29 +333,38 @@ class StagedCollectives:
             )
         return out
 
-    def broadcast(self, x: torch.Tensor, src: int) -> torch.Tensor:
-        """See GroupCoordinator.broadcast."""
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """x of group rank ``src``, written into x on the other ranks and returned; x is contiguous, of any dtype.
+
+        Raises as all_reduce does.
+        """
         _check_dim(x, 0)
         if not 0 <= src < self._world_size:
             raise ValueError(f"src: expected a rank between 0 and {self._world_size - 1}, got {src}")
         if not x.is_contiguous():
             raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
+        moves = self._moving()
         if self._group is None:
             self._run("broadcast", x, src, lambda: None)
-        elif self._moves is not None:
-            self._run("broadcast", x, src, self._moves.broadcast, x, src)
+        elif moves is not None:
+            self._run("broadcast", x, src, moves.broadcast, x, src)
         else:
             self._run("broadcast", x, src, process_group.broadcast, x, src, self._group)
         return x
 
     def barrier(self) -> None:
-        """See GroupCoordinator.barrier."""
+        """Returns when all ranks have called it. Raises as all_reduce does."""
+        moves = self._moving()
         if self._group is None:
             self._run("barrier", None, None, lambda: None)
-        elif self._moves is not None:
-            self._run("barrier", None, None, self._moves.barrier)
+        elif moves is not None:
+            self._run("barrier", None, None, moves.barrier)
         else:
             self._run("barrier", None, None, process_group.barrier, self._group)
+
+    def _moving(self) -> CustomAllReduce | None:
+        """What moves data that is not summed through shared memory, or None."""
+        return None if self._settings.disable_custom_ar else self._custom
 
     def _run(
         self,
@@ -304,6 +382,20 @@ class StagedCollectives:
             raise
         finally:
             self._guard.end()
+
+
+def _check_sum(x: torch.Tensor, out: torch.Tensor | None) -> None:
+    check_x(x)
+    check_cpu(x)
+    if out is not None:
+        check_out(out, x, "out")
+
+
+def _check_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
+) -> None:
+    check_norm(x, residual, weight, eps, weight_bias)
+    check_cpu(x)
 
 
 def _check_dim(x: torch.Tensor, dim: int) -> int:

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,6 @@ from fusedcomm.env import Settings
 from fusedcomm.errors import FusedCommError
 from fusedcomm.groups.topology import Hello, agree
 from fusedcomm.ops.dispatch import choose_local_backend
-from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 MAX_CUSTOM_WORLD_SIZE = 16
 
@@ -36,7 +34,7 @@ _groups: weakref.WeakSet[GroupCoordinator] = weakref.WeakSet()
 _fork_hook_installed = False
 
 
-class GroupCoordinator:
+class GroupCoordinator(StagedCollectives):
     """A group of ranks that compute one model together; every method is called by all of them, in the same order.
 
     Owns its process groups, its symmetric buffer and its custom all-reduce; ``close()`` or ``with`` frees them. A group
@@ -64,16 +62,18 @@ class GroupCoordinator:
         settings: Settings | None = None,
         local_rank: int | None = None,
     ) -> None:
+        super().__init__()
         self.device = _check_device(device)
         if timeout is not None and not timeout > 0:
             raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
         self._closed = False
         self._forked = False
-        self._guard: CallGuard | None = None
-        self._custom: CustomAllReduce | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._custom = None
+        self._group = None
+        self._guard = CallGuard(self._exchange)
         self._global_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._ranks = _check_ranks(ranks, self._global_rank, world)
+        self._rank, self._world_size = self._ranks.index(self._global_rank), len(self._ranks)
         self._local_rank = self._global_rank if local_rank is None else local_rank
         try:
             self._set_up(settings, timeout)
@@ -88,12 +88,12 @@ class GroupCoordinator:
     @property
     def rank(self) -> int:
         """This rank within the group."""
-        return self._ranks.index(self._global_rank)
+        return self._rank
 
     @property
     def world_size(self) -> int:
         """Number of ranks of the group."""
-        return len(self._ranks)
+        return self._world_size
 
     @property
     def global_rank(self) -> int:
@@ -140,125 +140,7 @@ class GroupCoordinator:
         """Whether close() has been called."""
         return self._closed
 
-    # ---- collectives ----
-
-    def all_reduce(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum of x over the ranks, in fp32 and rank order, rounded once; the same bits on every rank.
-
-        Args:
-            x: ``[..., H]``, bf16, fp16 or fp32, any size; made contiguous if it is not.
-            out: written and returned; like x, contiguous, may be x itself.
-
-        Raises:
-            ValueError: a bad argument, before anything is sent.
-            GroupBrokenError: a rank died, a wait passed its deadline, or ranks made different calls.
-        """
-        return self._stages.all_reduce(x, out)
-
-    def fused_allreduce_rmsnorm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        weight_bias: float = 0.0,
-    ) -> AddRMSNorm | None:
-        """All-reduce, residual addition and RMSNorm in one launch; None where no fused kernel is eligible.
-
-        None follows from facts that all ranks share and comes before any side effect; then ``allreduce_rmsnorm`` (the
-        same arguments) completes by the staged path, with the same bits.
-
-        Args:
-            x: this rank's partial sum ``[..., H]``, bf16, fp16 or fp32, H up to 32,768; made contiguous if it is not.
-            residual: like x, or None; this rank's own, it is not summed over ranks.
-            weight: ``[H]``, dtype of x or fp32.
-            eps: added to the mean of squares; >= 0.
-            weight_bias: added to the weight (1 for Gemma).
-
-        Returns:
-            ``norm`` and the new ``residual``, both like x.
-
-        Raises:
-            ValueError: a bad argument, before anything is sent.
-            GroupBrokenError: as for all_reduce.
-        """
-        return self._stages.allreduce_rmsnorm(x, residual, weight, eps, weight_bias, fused_only=True)
-
-    def fused_allreduce_rmsnorm_quant_per_group(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        group_size: int = 128,
-        emit_bf16: bool = False,
-        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
-        weight_bias: float = 0.0,
-    ) -> AddRMSNormQuant | None:
-        """As fused_allreduce_rmsnorm, with per-group FP8 quantisation in the same launch; None where not eligible.
-
-        Args:
-            x, residual, weight, eps, weight_bias: as for fused_allreduce_rmsnorm.
-            group_size: 32, 64, 128 or 256; divides H.
-            emit_bf16: also return the normed rows as ``norm``.
-            scale_layout: see ScaleLayout.
-
-        Raises:
-            ValueError: a bad argument, before anything is sent.
-            GroupBrokenError: as for all_reduce.
-        """
-        return self._stages.allreduce_rmsnorm_quant(
-            x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, fused_only=True
-        )
-
-    def allreduce_rmsnorm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        weight_bias: float = 0.0,
-    ) -> AddRMSNorm:
-        """As fused_allreduce_rmsnorm, by the fastest stage that is eligible: it always completes."""
-        result = self._stages.allreduce_rmsnorm(x, residual, weight, eps, weight_bias, fused_only=False)
-        return cast(AddRMSNorm, result)
-
-    def allreduce_rmsnorm_quant(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        group_size: int = 128,
-        emit_bf16: bool = False,
-        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
-        weight_bias: float = 0.0,
-    ) -> AddRMSNormQuant:
-        """As fused_allreduce_rmsnorm_quant_per_group, by the fastest stage that is eligible: it always completes."""
-        result = self._stages.allreduce_rmsnorm_quant(
-            x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, fused_only=False
-        )
-        return cast(AddRMSNormQuant, result)
-
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The x of all ranks, joined along ``dim`` in rank order; x ``[...]`` has the same shape on every rank."""
-        return self._stages.all_gather(x, dim)
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """This rank's share, along ``dim``, of the sum of x over the ranks; ``x.shape[dim]`` divides by world_size."""
-        return self._stages.reduce_scatter(x, dim)
-
-    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """x of group rank ``src``, written into x on the other ranks and returned; x is contiguous, of any dtype."""
-        return self._stages.broadcast(x, src)
-
-    def barrier(self) -> None:
-        """Returns when all ranks have called it."""
-        self._stages.barrier()
+    # ---- the collectives are those of StagedCollectives ----
 
     @contextlib.contextmanager
     def graph_capture(self) -> Iterator[None]:
@@ -285,18 +167,18 @@ class GroupCoordinator:
             raise ValueError("shape: expected at least one dimension, got ()")
         if op not in OPS:
             raise ValueError(f"op: expected one of {OPS}, got {op!r}")
-        return self._stages.plan(op, torch.Size(shape), dtype, group_size)
+        return self._plan_shape(op, torch.Size(shape), dtype, group_size)
 
     def stats(self) -> dict[str, int]:
         """How often each ``<op>.<stage>`` ran, and how many calls of the kernels were one-shot and two-shot."""
-        counts = dict(self._stages.stats)
+        counts = dict(self._stats)
         if self._custom is not None and not self._closed:
             counts.update({f"algorithm.{name}": n for name, n in self._custom.counts().items()})
         return counts
 
     def reset_stats(self) -> None:
         """Forgets the ``<op>.<stage>`` counts."""
-        self._stages.stats.clear()
+        self._stats.clear()
 
     # ---- life ----
 
@@ -305,7 +187,7 @@ class GroupCoordinator:
         if self._closed:
             return
         self._closed = True
-        if self._guard is not None and not self._forked:
+        if not self._forked:
             self._guard.close()
         if self._custom is not None:
             if self._forked:
@@ -323,7 +205,7 @@ class GroupCoordinator:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "open" if self._guard and self._guard.usable else "broken"
+        state = "closed" if self._closed else "open" if self._guard.usable else "broken"
         return f"GroupCoordinator(rank={self.rank}, world_size={self.world_size}, device={self.device}, {state})"
 
     # ---- inside ----
@@ -385,24 +267,16 @@ class GroupCoordinator:
                 stacklevel=4,
             )
 
+        self._guard.compare_calls = self._settings.debug
         backend = choose_local_backend(self._settings, self.device.type, native_available=library is not None)
-        self._guard = CallGuard(self._exchange, compare_calls=self._settings.debug)
-        self._stages = StagedCollectives(
-            self._guard,
-            self._custom,
-            self._group,
-            local_ops(backend),
-            functools.partial(
-                Facts,
-                world_size=self.world_size,
-                settings=self._settings,
-                custom_unavailable=unavailable,
-                slot_bytes=slot,
-                one_shot_max_bytes=tuning.one_shot_max_bytes,
-            ),
-            self._settings,
-            self.rank,
-            self.world_size,
+        self._local = local_ops(backend)
+        self._facts = functools.partial(
+            Facts,
+            world_size=self.world_size,
+            settings=self._settings,
+            custom_unavailable=unavailable,
+            slot_bytes=slot,
+            one_shot_max_bytes=tuning.one_shot_max_bytes,
         )
 
     def _exchange(self, data: bytes) -> list[bytes]:
@@ -437,5 +311,4 @@ def _install_fork_hook() -> None:
 def _after_fork() -> None:
     for group in _groups:
         group._forked = True
-        if group._guard is not None:
-            group._guard.forked()
+        group._guard.forked()
