@@ -36,7 +36,7 @@ class Launch(ABC):
 
 
 class CommandLaunch(Launch):
-    """A launcher's command (torchrun, mpiexec) that starts `harness.worker` on every rank."""
+    """A launcher's command (torchrun, mpiexec) that starts `python -m harness` on every rank."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class CommandLaunch(Launch):
         python_path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")]))
         with (folder / "launcher.log").open("w") as log:
             self._process = subprocess.Popen(
-                [*command, "-m", "harness.worker"],
+                [*command, "-m", "harness"],
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": "1",

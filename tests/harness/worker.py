@@ -125,14 +125,8 @@ def serve(address: str, rank: int, environ: Mapping[str, str]) -> None:
 
 
 def main() -> None:
-    """Entry of a rank started by torchrun or mpiexec."""
-    from harness import worker  # the importable twin of __main__, whose classes the messages name
-
+    """Serves the rank that the launcher's variables name."""
     rank = next(int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ)
     address = os.environ[ADDRESS]
     environ = pickle.loads((Path(address).parent / "environ").read_bytes())[rank]
-    worker.serve(address, rank, environ)
-
-
-if __name__ == "__main__":
-    main()
+    serve(address, rank, environ)

@@ -1,0 +1,5 @@
+"""Entry of a rank started by torchrun or mpiexec: python -m harness."""
+
+from harness.worker import main
+
+main()
