@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+def create(ranks: Sequence[int], rank: int, timeout_s: float) -> dist.ProcessGroup:
+    """A Gloo group of these global ranks; only they take part, ``rank`` is this one's place among them.
+
+    Built over a store prefix of its own. ``dist.new_group`` derives the prefix from how many groups a process has made,
+    so a group made again, or by ranks with different histories, reads the addresses of another one and hangs.
+    """
+    store = distributed_c10d._get_default_store()
+    members = "-".join(str(r) for r in ranks)
+    # The n-th arrival of a member belongs to creation n // size: nobody arrives twice before all have arrived once.
+    creation = (store.add(f"fusedcomm/{members}/arrivals", 1) - 1) // len(ranks)
+    store = distributed_c10d.PrefixStore(f"fusedcomm/{members}/{creation}", store)
+    group = dist.ProcessGroup(store, rank, len(ranks))
+    gloo = dist.ProcessGroupGloo(store, rank, len(ranks), timedelta(seconds=timeout_s))
+    group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+    return group
 
 
 def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, deterministic: bool) -> None:
@@ -36,12 +58,14 @@ def reduce_scatter(
 
 def broadcast(x: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
     """x of group rank ``src`` into x of the others."""
-    dist.broadcast(x, group=group, group_src=src)
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = src, 0
+    group.broadcast([x], options).wait()
 
 
 def barrier(group: dist.ProcessGroup) -> None:
     """Returns when all ranks have called it."""
-    dist.barrier(group=group)
+    group.barrier().wait()
 
 
 def exchange_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:

@@ -8,7 +8,6 @@ import os
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from types import TracebackType
 
 import torch
@@ -194,8 +193,6 @@ class GroupCoordinator(StagedCollectives):
                 self._custom.abandon()
             else:
                 self._custom.close()
-        if self._group is not None and not self._forked and dist.is_initialized():
-            dist.destroy_process_group(self._group)
         self._group = None
 
     def __enter__(self) -> GroupCoordinator:
@@ -227,13 +224,7 @@ class GroupCoordinator(StagedCollectives):
         if timeout is not None:
             hello = hello.with_timeout(timeout)
         if self.world_size > 1:
-            # Only members take part: another group of the job may be made at the same time, or never.
-            self._group = dist.new_group(
-                list(self._ranks),
-                backend="gloo",
-                use_local_synchronization=True,
-                timeout=timedelta(seconds=hello.settings.timeout_s),
-            )
+            self._group = process_group.create(self._ranks, self._rank, hello.settings.timeout_s)
         agreement = agree([Hello.unpack(data) for data in self._exchange(hello.pack())])
         self._settings = agreement.settings
         if self.rank == 0:
