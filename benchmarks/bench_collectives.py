@@ -1,0 +1,8 @@
+"""``fusedcomm bench collectives`` from a checkout; the benchmark itself is in fusedcomm/cli/bench."""
+
+import sys
+
+from fusedcomm.cli.bench.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
