@@ -68,7 +68,7 @@ def per_group_quant_fp8(
         scale = torch.where(exponent == 255, torch.nan, (exponent << 23).to(torch.int32).view(torch.float32))
         out_scale = _pack_exponents(exponent)
     elif scale_layout is ScaleLayout.COLUMN_MAJOR:
-        out_scale = column_major(scale.flatten(0, -2))
+        out_scale = column_major(scale.reshape(-1, scale.shape[-1]))
     else:
         out_scale = scale
     q = (groups / scale.unsqueeze(-1)).clamp(-fp8_max, fp8_max).to(fp8_dtype)
@@ -98,11 +98,10 @@ def fused_add_rms_norm_quant(
 def column_major(scale: torch.Tensor) -> torch.Tensor:
     """A copy of ``[T, N]`` with strides ``(1, round_up(T, 4))``."""
     rows, columns = scale.shape
-    out = scale.new_empty(columns, (rows + 3) // 4 * 4).t()[:rows]
-    return out.copy_(scale)
+    return scale.new_empty_strided((rows, columns), (1, (rows + 3) // 4 * 4)).copy_(scale)
 
 
 def _pack_exponents(exponent: torch.Tensor) -> torch.Tensor:
-    e = exponent.flatten(0, -2).to(torch.uint8)
+    e = exponent.reshape(-1, exponent.shape[-1]).to(torch.uint8)
     e = torch.nn.functional.pad(e, (0, -e.shape[-1] % 4))
     return column_major(e.contiguous().view(torch.int32))
