@@ -95,7 +95,7 @@ def tree_sum(x: F32) -> F32:
     s = np.zeros((*x.shape[:-1], size), dtype=np.float32)
     s[..., : x.shape[-1]] = x
     while s.shape[-1] > 1:
-        pairs = s.reshape(*s.shape[:-1], -1, 2)
+        pairs = s.reshape(*s.shape[:-1], s.shape[-1] // 2, 2)
         with np.errstate(over="ignore", invalid="ignore"):
             s = pairs[..., 0] + pairs[..., 1]
     return s[..., 0]
@@ -133,7 +133,7 @@ class Quant(NamedTuple):
 def quantise(y: F32, group_size: int, fp8: torch.dtype = torch.float8_e4m3fn, *, ue8m0: bool = False) -> Quant:
     """Scales and FP8 codes of each group of neighbours."""
     f32 = np.float32
-    groups = y.reshape(*y.shape[:-1], -1, group_size)
+    groups = y.reshape(*y.shape[:-1], y.shape[-1] // group_size, group_size)
     amax = np.abs(groups).max(-1)  # NaN wins
     with np.errstate(all="ignore"):
         scale = np.maximum(amax, f32(1e-10)) / f32(FP8_MAX[fp8])
