@@ -34,7 +34,8 @@ struct FusedcommConfig {  // mirrored in native.py
   int64_t slot_bytes;
   int64_t piece_bytes;
   int64_t one_shot_max_bytes;
-  int64_t chunk_bytes;
+  int64_t min_chunk_bytes;
+  int64_t max_chunk_bytes;
   int64_t spins;
   int64_t yield_ns;
   int64_t timeout_ns;
@@ -47,7 +48,8 @@ FUSEDCOMM_EXPORT int64_t fusedcomm_comm_create(const FusedcommConfig* c, void* c
   config.slot_bytes = c->slot_bytes;
   config.piece_bytes = c->piece_bytes;
   config.one_shot_max_bytes = c->one_shot_max_bytes;
-  config.chunk_bytes = c->chunk_bytes;
+  config.min_chunk_bytes = c->min_chunk_bytes;
+  config.max_chunk_bytes = c->max_chunk_bytes;
   config.wait = {int(c->spins), c->yield_ns};
   config.timeout_ns = c->timeout_ns;
   config.parallel = &fusedcomm::parallel_for;

@@ -227,12 +227,9 @@ Sources Communicator::sources(int g, int64_t byte_offset) const {
   return s;
 }
 
-bool Communicator::use_two_shot(int64_t message_bytes) const { return message_bytes > config_.one_shot_max_bytes; }
-
 // ---- the collectives: what a round publishes, shares and finishes ----
 
-// A stretch of equal units (rows, or elements) cut into pieces and, for two-shot, chunks. The sum of a chunk lies in
-// the slot of rank chunk % world_size, in the place of that rank's own contribution.
+// A stretch of elements (or bytes) cut into pieces and, for two-shot, the pieces into chunks.
 struct Split {
   int64_t total;
   int64_t per_piece;
@@ -242,9 +239,6 @@ struct Split {
   int64_t begin(int64_t piece) const { return piece * per_piece; }
   int64_t size(int64_t piece) const { return std::min(per_piece, total - begin(piece)); }
   int64_t chunks(int64_t piece) const { return per_chunk == 0 ? 0 : ceil_div(size(piece), per_chunk); }
-  int64_t chunk_size(int64_t piece, int64_t chunk) const {
-    return std::min(per_chunk, size(piece) - chunk * per_chunk);
-  }
 };
 
 // The steps of a round that a collective does not have.
@@ -255,76 +249,53 @@ struct OneShot {
   void finish(int64_t, int) const {}
 };
 
-struct SumSteps {
+// What sums have in common. Two-shot leaves the sum in the slot of rank 0, in the place of that rank's contribution:
+// nobody else reads the chunk that a rank sums, and rows stay in one piece.
+struct Summation {
   const Communicator& comm;
   const Kernels& kernels;
   const char* x;
-  char* out;
   int64_t element;
-  Split split;  // in elements
+  Split split;
 
   void publish(int64_t piece, char* slot) const {
     std::memcpy(slot, x + split.begin(piece) * element, size_t(split.size(piece) * element));
   }
   int64_t chunks(int64_t piece) const { return split.chunks(piece); }
   void share(int64_t piece, int64_t chunk, int g) const {
-    const int64_t at = chunk * split.per_chunk * element;
-    kernels.sum(comm.sources(g, at), owner_slot(chunk, g) + at, 0, split.chunk_size(piece, chunk));
+    const int64_t begin = chunk * split.per_chunk;
+    kernels.sum(comm.sources(g, 0), comm.slot(0, g), begin, std::min(begin + split.per_chunk, split.size(piece)));
   }
-  void finish(int64_t piece, int g) const {
-    char* const to = out + split.begin(piece) * element;
-    if (split.per_chunk == 0) {
-      kernels.sum(comm.sources(g, 0), to, 0, split.size(piece));
-      return;
-    }
-    for (int64_t c = 0; c < split.chunks(piece); ++c) {
-      const int64_t at = c * split.per_chunk * element;
-      std::memcpy(to + at, owner_slot(c, g) + at, size_t(split.chunk_size(piece, c) * element));
-    }
-  }
-  char* owner_slot(int64_t chunk, int g) const { return comm.slot(int(chunk % comm.config_.world_size), g); }
+  bool summed() const { return split.per_chunk != 0; }
 };
 
-struct NormSteps {
-  const Communicator& comm;
-  const Kernels& kernels;
-  const char* x;
-  NormTarget target;
-  int64_t row_bytes;
-  Split split;  // in rows
+struct SumSteps : Summation {
+  char* out;
 
-  void publish(int64_t piece, char* slot) const {
-    std::memcpy(slot, x + split.begin(piece) * row_bytes, size_t(split.size(piece) * row_bytes));
-  }
-  int64_t chunks(int64_t piece) const { return split.chunks(piece); }
-  void share(int64_t piece, int64_t chunk, int g) const {
-    const int64_t at = chunk * split.per_chunk * row_bytes;
-    kernels.sum(comm.sources(g, at), owner_slot(chunk, g) + at, 0, split.chunk_size(piece, chunk) * target.hidden);
-  }
   void finish(int64_t piece, int g) const {
-    if (split.per_chunk == 0) {
-      rows(piece, 0, split.size(piece), [&](int64_t row) { return comm.sources(g, row * row_bytes); });
-      return;
-    }
-    for (int64_t c = 0; c < split.chunks(piece); ++c) {
-      const int64_t first = c * split.per_chunk;
-      rows(piece, first, split.chunk_size(piece, c), [&](int64_t row) {
-        Sources sum;
-        sum.count = 1;
-        sum.rows[0] = owner_slot(c, g) + row * row_bytes;
-        return sum;
-      });
+    char* const to = out + split.begin(piece) * element;
+    if (summed()) {
+      std::memcpy(to, comm.slot(0, g), size_t(split.size(piece) * element));
+    } else {
+      kernels.sum(comm.sources(g, 0), to, 0, split.size(piece));
     }
   }
-  template <class SourcesOf>
-  void rows(int64_t piece, int64_t first, int64_t count, const SourcesOf& sources_of) const {
+};
+
+struct NormSteps : Summation {
+  NormTarget target;
+
+  void finish(int64_t piece, int g) const {
     const auto norm = target.quant.fp8 == nullptr ? kernels.norm : kernels.norm_quant[int(target.quant.format)];
-    const int64_t grain = std::max<int64_t>(1, 32768 / target.hidden);
-    parallel_rows(comm.config_.parallel, count, grain, [&](int64_t begin, int64_t end) {
-      norm(sources_of(first + begin), target, split.begin(piece) + first + begin, end - begin);
-    });
+    const int64_t first_row = split.begin(piece) / target.hidden;
+    const int64_t row_bytes = target.hidden * element;
+    parallel_rows(comm.config_.parallel, split.size(piece) / target.hidden, std::max<int64_t>(1, 32768 / target.hidden),
+                  [&](int64_t begin, int64_t end) {
+                    Sources rows = comm.sources(g, begin * row_bytes);
+                    if (summed()) rows.count = 1;  // rank 0's slot holds the sum
+                    norm(rows, target, first_row + begin, end - begin);
+                  });
   }
-  char* owner_slot(int64_t chunk, int g) const { return comm.slot(int(chunk % comm.config_.world_size), g); }
 };
 
 struct GatherSteps : OneShot {
@@ -378,26 +349,32 @@ struct BroadcastSteps : OneShot {
   }
 };
 
+// Elements that a ticket of two-shot stands for, 0 for one-shot: enough chunks for all ranks, and none so small that
+// drawing the ticket costs more than the sum.
+int64_t Communicator::chunk_elements(int64_t message_bytes, int64_t element) const {
+  if (message_bytes <= config_.one_shot_max_bytes) return 0;
+  const int64_t fair = std::min(message_bytes, config_.piece_bytes) / config_.world_size;
+  return std::clamp(fair, config_.min_chunk_bytes, config_.max_chunk_bytes) / 64 * 64 / element;
+}
+
 bool Communicator::all_reduce(DType dtype, const void* x, void* out, int64_t count) {
   const int64_t element = element_bytes(dtype);
-  const bool two_shot = use_two_shot(count * element);
-  const Split split = {count, config_.piece_bytes / element, two_shot ? config_.chunk_bytes / element : 0};
-  const SumSteps steps = {*this, *find_kernels(dtype), static_cast<const char*>(x), static_cast<char*>(out), element,
-                          split};
+  const Split split = {count, config_.piece_bytes / element, chunk_elements(count * element, element)};
+  const SumSteps steps = {{*this, *find_kernels(dtype), static_cast<const char*>(x), element, split},
+                          static_cast<char*>(out)};
   if (!run({Op::kAllReduce, int32_t(dtype), 1, count, 0}, split.pieces(), steps)) return false;
-  ++(two_shot ? num_two_shot_ : num_one_shot_);
+  ++(steps.summed() ? num_two_shot_ : num_one_shot_);
   return true;
 }
 
 bool Communicator::all_reduce_norm(DType dtype, const void* x, int64_t rows, const NormTarget& target) {
-  const int64_t row_bytes = target.hidden * element_bytes(dtype);
-  const bool two_shot = use_two_shot(rows * row_bytes);
-  const auto rows_in = [row_bytes](int64_t bytes) { return std::max<int64_t>(1, bytes / row_bytes); };
-  const Split split = {rows, rows_in(config_.piece_bytes), two_shot ? rows_in(config_.chunk_bytes) : 0};
-  const NormSteps steps = {*this, *find_kernels(dtype), static_cast<const char*>(x), target, row_bytes, split};
+  const int64_t element = element_bytes(dtype), count = rows * target.hidden;
+  const int64_t rows_per_piece = std::max<int64_t>(1, config_.piece_bytes / (target.hidden * element));
+  const Split split = {count, rows_per_piece * target.hidden, chunk_elements(count * element, element)};
+  const NormSteps steps = {{*this, *find_kernels(dtype), static_cast<const char*>(x), element, split}, target};
   const Op op = target.quant.fp8 == nullptr ? Op::kAllReduceRMSNorm : Op::kAllReduceRMSNormQuant;
   if (!run({op, int32_t(dtype), rows, target.hidden, target.quant.group_size}, split.pieces(), steps)) return false;
-  ++(two_shot ? num_two_shot_ : num_one_shot_);
+  ++(steps.summed() ? num_two_shot_ : num_one_shot_);
   return true;
 }
 

@@ -40,7 +40,8 @@ struct Config {
   int64_t slot_bytes = 0;          // a multiple of 4096
   int64_t piece_bytes = 0;         // what a round takes at most; <= slot_bytes
   int64_t one_shot_max_bytes = 0;  // larger messages take two-shot
-  int64_t chunk_bytes = 65536;     // what a ticket of two-shot stands for
+  int64_t min_chunk_bytes = 8192;  // what a ticket of two-shot stands for, at least and at most; multiples of 64
+  int64_t max_chunk_bytes = 32768;
   WaitPolicy wait;
   int64_t timeout_ns = 60'000'000'000;
   ParallelFor parallel = nullptr;  // null: this thread does it all
@@ -99,8 +100,9 @@ class Communicator {
     return static_cast<char*>(segments_[size_t(rank)]) + slot_offset(generation, config_.slot_bytes);
   }
   Sources sources(int generation, int64_t byte_offset) const;
-  bool use_two_shot(int64_t message_bytes) const;
+  int64_t chunk_elements(int64_t message_bytes, int64_t element) const;
 
+  friend struct Summation;
   friend struct SumSteps;
   friend struct NormSteps;
   friend struct GatherSteps;
