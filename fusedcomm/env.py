@@ -68,7 +68,7 @@ class Settings:
     deterministic: bool = _setting(False, _SWITCH, "1: only paths whose sums are in rank order")
     timeout_s: float = _setting(60.0, _SECONDS, "deadline of every wait, in seconds")
     debug: bool = _setting(False, _SWITCH, "1: ranks compare every call before making it")
-    buffer_mb: int = _setting(16, _MEBIBYTES, "size of the slab of a rank, in MiB")
+    buffer_mb: int = _setting(2, _MEBIBYTES, "size of the slab of a rank, in MiB")
     host_id: str | None = _setting(None, _TEXT, "take this for the identity of the host (tests of several hosts)")
 
     def __post_init__(self) -> None:

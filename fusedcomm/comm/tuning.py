@@ -34,14 +34,14 @@ def choose_tuning(world_size: int, cores: int, slot: int) -> Tuning:
     """The tuning for ranks that share ``cores`` cores (the smallest count that a rank reported).
 
     Two-shot wins wherever there is a sum worth sharing: it reads each input once, and a rank that has no core at the
-    moment holds nobody up. Pieces of a megabyte stay in the second-level cache between the copy in and the sum, which
-    pays even where each round costs every rank a turn on a core.
+    moment holds nobody up. A piece is a slot; the default slab makes it a megabyte, which stays in the caches between
+    the copy in and the sum. That pays even where each round costs every rank a turn on a core.
     """
     busy = world_size > cores
     return Tuning(
-        piece_bytes=min(slot, KIB * KIB),
-        one_shot_max_bytes=8 * KIB if world_size <= 2 else 0,
-        min_chunk_bytes=8 * KIB,
+        piece_bytes=slot,
+        one_shot_max_bytes=KIB,
+        min_chunk_bytes=KIB,
         max_chunk_bytes=32 * KIB,
         # A core that the awaited rank needs is given up at once. Yielding it is faster than sleeping on an idle machine
         # (by a sixth) and far slower on a busy one (tenfold).

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,12 +10,14 @@ from pathlib import Path
 
 from fusedcomm.cli.bench.machine import describe_command
 from fusedcomm.cli.bench.worker import DTYPES, Spec
+from fusedcomm.cli.launch import find_mpiexec, has_mpi4py
 
 TOKENS = {2: [1, 4, 16, 64, 256, 1024, 4096]}
 DEFAULT_TOKENS = [1, 4, 16, 64, 256]
 SWEEP = {
     "piece_bytes": (64 << 10, 256 << 10, 1 << 20),
-    "chunk_bytes": (16 << 10, 32 << 10, 64 << 10, 128 << 10),
+    "min_chunk_bytes": (512, 1 << 10, 4 << 10, 8 << 10),
+    "max_chunk_bytes": (16 << 10, 32 << 10, 64 << 10, 128 << 10),
     "spins": (0, 200, 2000),
     "yield_ns": (0, 50_000, 200_000),
 }
@@ -26,6 +26,7 @@ SWEEP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("benchmark", choices=("collectives",), help="what to measure")
     add("--tp", type=_numbers, default=[8], metavar="N[,N…]", help="ranks; several are measured in turn (default 8)")
     add("--tokens", type=_numbers, metavar="T[,T…]", help="rows of x (default: 1 to 256; 2 ranks: to 4096)")
     add("--hidden", type=int, default=4096, metavar="H", help="row length (default 4096)")
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     tunings = [*arguments.with_tuning, *(t for variation in arguments.vary for t in variation)]
     if arguments.tune:
         tunings += [{name: value} for name, values in SWEEP.items() for value in values]
-    launcher = arguments.launcher or ("mpiexec" if _mpiexec() and _has_mpi4py() else "torchrun")
+    launcher = arguments.launcher or ("mpiexec" if find_mpiexec() and has_mpi4py() else "torchrun")
     if launcher == "torchrun":
         print("without MPI (pip install 'fusedcomm[mpi]'): its peers are left out", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="fusedcomm-bench-") as folder:
@@ -110,19 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _command(launcher: str, ranks: int, spec: Spec) -> list[str]:
     worker = ["-m", "fusedcomm.cli.bench.worker", spec.to_json()]
     if launcher == "mpiexec":
-        return [_mpiexec() or "mpiexec", "-n", str(ranks), sys.executable, *worker]
+        return [find_mpiexec() or "mpiexec", "-n", str(ranks), sys.executable, *worker]
     options = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
     return [sys.executable, "-m", "torch.distributed.run", *options, *worker]
-
-
-def _mpiexec() -> str | None:
-    """The mpiexec beside this Python (the mpich wheel's), else the one on PATH."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    return str(beside) if beside.exists() else shutil.which("mpiexec")
-
-
-def _has_mpi4py() -> bool:
-    return importlib.util.find_spec("mpi4py") is not None
 
 
 def _numbers(text: str) -> list[int]:
@@ -147,14 +138,3 @@ def _variation(text: str) -> list[dict[str, int]]:
 
 def _numbers_from_0(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def main(argv: list[str] | None = None) -> int:
-    """``python -m fusedcomm.cli.bench.command``: the same as ``fusedcomm bench collectives``."""
-    parser = argparse.ArgumentParser(prog="bench_collectives", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args(argv))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
