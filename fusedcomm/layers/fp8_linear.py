@@ -21,8 +21,8 @@ class BlockFP8Linear(nn.Module):
     pair with row-major scales). Returns ``[..., out_features]`` in ``dtype``, rounded once from fp32;
     block_fp8_matmul has the arithmetic.
 
-    The first call keeps the weight decoded to fp32 (4 bytes a weight): the CPU has no FP8 arithmetic, and
-    decoding takes ten times as long as the product with one row.
+    The first call keeps the weight decoded to fp32 (4 bytes a weight): the CPU has no FP8 arithmetic, and decoding
+    takes ten times as long as the product with one row. Under torch.compile each call decodes.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class BlockFP8Linear(nn.Module):
             )
 
     def _decoded_weight(self) -> DecodedWeight:
+        if torch.compiler.is_compiling():  # what the key is made of cannot be traced
+            return decode_weight(self.weight, self.weight_scale)
         key = (_version(self.weight), _version(self.weight_scale))
         if self._decoded is None or self._decoded[0] != key:
             self._decoded = (key, decode_weight(self.weight, self.weight_scale))
