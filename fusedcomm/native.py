@@ -133,11 +133,13 @@ def empty_quant(
     x: torch.Tensor, group_size: int, column_major: bool, packed: bool, fnuz: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs of a quantising operator, uninitialised (empty_quant of csrc/bind/ops.cpp)."""
-    fp8 = torch.empty_like(x, dtype=torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn)
+    dtype = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+    # an empty tensor is contiguous whatever its strides are (those of NumPy's are 0)
+    fp8 = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     groups = x.shape[-1] // group_size
     if not (column_major or packed):
         return fp8, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
     rows = x.numel() // x.shape[-1]
     shape = (rows, (groups + 3) // 4 if packed else groups)
-    dtype = torch.int32 if packed else torch.float32
-    return fp8, x.new_empty_strided(shape, (1, (rows + 3) // 4 * 4), dtype=dtype)
+    stride = (rows + 3) // 4 * 4
+    return fp8, x.new_empty_strided(shape, (1, stride), dtype=torch.int32 if packed else torch.float32)
