@@ -5,14 +5,13 @@ The choice is made once for a device type and cached; a forced backend that cann
 
 from __future__ import annotations
 
-import functools
-
 from fusedcomm import native
 from fusedcomm.env import Settings
 from fusedcomm.errors import SettingError
 
+_chosen: dict[str, str] = {}
 
-@functools.cache
+
 def local_backend(device_type: str) -> str:
     """``"native"`` or ``"torch"``: what runs norm and quantisation on tensors of this device type.
 
@@ -21,7 +20,18 @@ def local_backend(device_type: str) -> str:
     Raises:
         SettingError: ``FUSEDCOMM_BACKEND`` (or ``FUSEDCOMM_DISABLE``) asks for what this machine cannot do.
     """
-    return choose_local_backend(Settings.from_environ(), device_type, native_available=native.load() is not None)
+    backend = _chosen.get(device_type)
+    if backend is None:
+        available = native.load() is not None
+        backend = _chosen[device_type] = choose_local_backend(
+            Settings.from_environ(), device_type, native_available=available
+        )
+    return backend
+
+
+# torch.compile takes the answer as a constant in place of tracing how it is found. This is what
+# torch.compiler.assume_constant_result does, which would import the compiler first (two seconds).
+setattr(local_backend, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose_local_backend(settings: Settings, device_type: str, *, native_available: bool) -> str:
