@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from fusedcomm.ops.types import ScaleLayout
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 GROUP_SIZES = (32, 64, 128, 256)
@@ -74,8 +76,16 @@ def check_group_size(hidden: int, group_size: int) -> None:
     """A supported group size that divides H."""
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size: expected one of {GROUP_SIZES}, got {group_size}")
+    if hidden < 1:
+        raise ValueError(f"x: expected a last dimension of at least {group_size}, got {hidden}")
     if hidden % group_size:
         raise ValueError(f"group_size: expected a divisor of H = {hidden}, got {group_size}")
+
+
+def check_scale_layout(scale_layout: ScaleLayout) -> None:
+    """A layout, and not its name: anything else would silently be taken for another one."""
+    if not isinstance(scale_layout, ScaleLayout):
+        raise ValueError(f"scale_layout: expected a ScaleLayout, got {scale_layout!r}")
 
 
 def check_fp8_dtype(dtype: torch.dtype) -> None:

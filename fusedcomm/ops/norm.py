@@ -6,7 +6,7 @@ import torch
 
 from fusedcomm.native import empty_quant
 from fusedcomm.ops import reference
-from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_norm, check_out
+from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_norm, check_out, check_scale_layout
 from fusedcomm.ops.dispatch import local_backend
 from fusedcomm.ops.quant import check_quant_out, layout_flags
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
@@ -113,6 +113,7 @@ def fused_add_rms_norm_quant(
     """
     check_norm(x, residual, weight, eps, weight_bias)
     check_group_size(x.shape[-1], group_size)
+    check_scale_layout(scale_layout)
     check_fp8_dtype(fp8_dtype)
     x = x.contiguous()
     if out is not None:
@@ -156,7 +157,7 @@ def _check_norm_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.
         return
     check_out(norm, x, "out.norm")
     # r' is read again after the first norm has been written
-    if norm is residual:
+    if norm is residual or (not torch.compiler.is_compiling() and norm.is_set_to(residual)):
         raise ValueError("out.norm: expected another tensor than out.residual, got the same")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fusedcomm.native import empty_quant
 from fusedcomm.ops import reference
-from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_x
+from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_scale_layout, check_x
 from fusedcomm.ops.dispatch import local_backend
 from fusedcomm.ops.types import GroupQuant, ScaleLayout
 
@@ -70,6 +70,7 @@ def per_group_quant_fp8(
     """
     check_x(x)
     check_group_size(x.shape[-1], group_size)
+    check_scale_layout(scale_layout)
     check_fp8_dtype(fp8_dtype)
     x = x.contiguous()
     if out is not None:
