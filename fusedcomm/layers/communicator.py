@@ -28,14 +28,17 @@ class LayerCommunicator:
     residual go through each. Where attention and MLP return a PartialSum, its all-reduce happens inside the
     norm that follows: prepare_mlp completes attention's sum, and the next layer's prepare_attn the MLP's.
 
-    Attention receives the normed rows; with ``enable_fused_ar_quant`` ``(fp8, scale)``, and with
-    ``fused_ar_quant_keep_bf16`` too ``(bf16, fp8, scale)``, for attention of which some parts read
-    unquantised rows. The MLP receives the normed rows, since a router needs them; where all of the MLP is
-    FP8, ``enable_fused_ar_quant_mlp`` gives it ``(fp8, scale)``. ``is_last_layer``: postprocess_layer
-    reduces, so that an ordinary norm may follow. Leave it False where the final norm completes the sum itself
-    (RMSNorm.forward_with_allreduce_fusion). ``enable_fusion=False`` does the same in separate steps
-    (all-reduce, add, norm, quantise) with the same result to the bit, as long as the group's own kernels
-    serve.
+    Args:
+        group: over which the sums are.
+        input_layernorm, post_attention_layernorm: before attention, before the MLP.
+        enable_fused_ar_quant: attention receives ``(fp8, scale)`` in place of the normed rows.
+        fused_ar_quant_keep_bf16: with it, attention receives ``(bf16, fp8, scale)``: parts of it read both.
+        enable_fused_ar_quant_mlp: the MLP receives ``(fp8, scale)``. Off, it receives the normed rows, which a
+            router needs whatever attention receives.
+        is_last_layer: postprocess_layer reduces, so that an ordinary norm may follow. Leave it False where the final
+            norm completes the sum itself (RMSNorm.forward_with_allreduce_fusion).
+        enable_fusion: False does the same in separate steps (all-reduce, add, norm, quantise), with the same bits as
+            long as the group's own kernels serve.
     """
 
     def __init__(
