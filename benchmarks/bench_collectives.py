@@ -2,7 +2,7 @@
 
 import sys
 
-from fusedcomm.cli.bench.command import main
+from fusedcomm.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["bench", "collectives", *sys.argv[1:]]))

@@ -1,0 +1,100 @@
+"""``fusedcomm explain``: the plan of a collective, from this machine and environment, without starting ranks."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusedcomm.comm.plan import Plan
+
+OPS = ("all_reduce", "allreduce_rmsnorm", "allreduce_rmsnorm_quant")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--op", choices=OPS, required=True)
+    add("--shape", type=parse_shape, required=True, metavar="T,H", help="of each rank's x: 16,4096 or 16x4096")
+    add("--dtype", default="bf16", metavar="DTYPE", help="of x: bf16 (default), fp16, fp32, or torch's names")
+    add("--tp", type=int, required=True, metavar="N", help="ranks of the group")
+    add("--group-size", type=int, default=128, metavar="G", help="of the quantisation (default 128)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The exit code; prints the plan."""
+    dtype = parse_dtype(arguments.dtype)
+    plan = explain(arguments.op, arguments.shape, dtype, arguments.tp, group_size=arguments.group_size)
+    print(plan)
+    return 0
+
+
+def explain(op: str, shape: tuple[int, ...], dtype: torch.dtype, tp: int, *, group_size: int = 128) -> Plan:
+    """The plan that a group of ``tp`` ranks, all like this process, would follow.
+
+    Raises:
+        ValueError: an argument that the collective would refuse; a malformed setting.
+    """
+    import torch
+
+    from fusedcomm import native
+    from fusedcomm.comm.plan import Facts, choose_plan
+    from fusedcomm.comm.tuning import choose_tuning, slot_bytes
+    from fusedcomm.env import Settings
+    from fusedcomm.groups.coordinator import MAX_CUSTOM_WORLD_SIZE
+    from fusedcomm.groups.topology import Hello, agree
+    from fusedcomm.ops.checks import check_group_size, check_norm, check_x
+    from fusedcomm.ops.dispatch import choose_local_backend
+
+    if tp < 1:
+        raise ValueError(f"--tp: expected at least 1, got {tp}")
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    check_x(x)
+    if op != "all_reduce":
+        check_norm(x, None, torch.empty(shape[-1:], dtype=dtype, device="meta"), eps=0.0, weight_bias=0.0)
+    if op == "allreduce_rmsnorm_quant":
+        check_group_size(shape[-1], group_size)
+    settings = Settings.from_environ()
+    library = native.load()
+    choose_local_backend(settings, "cpu", native_available=library is not None)
+    agreement = agree([Hello.of_this_rank(settings, None if library is None else library.build_id())] * tp)
+    unavailable = agreement.custom_unavailable
+    if tp > MAX_CUSTOM_WORLD_SIZE:
+        unavailable = f"the kernels serve up to {MAX_CUSTOM_WORLD_SIZE} ranks, got {tp}"
+    slot = slot_bytes(settings.buffer_mb)
+    return choose_plan(
+        Facts(
+            op=op,
+            num_tokens=x.numel() // shape[-1] if shape[-1] else 0,
+            hidden_size=shape[-1],
+            dtype=dtype,
+            world_size=tp,
+            settings=settings,
+            custom_unavailable=unavailable,
+            slot_bytes=slot,
+            one_shot_max_bytes=choose_tuning(tp, agreement.cores, slot).one_shot_max_bytes,
+            group_size=group_size,
+        )
+    )
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """``16,4096``, ``16x4096`` or ``[16, 4096]``; ValueError otherwise."""
+    parts = re.split(r"[,x]", text.strip("[]() ").replace(" ", ""))
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 16,4096, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def parse_dtype(text: str) -> torch.dtype:
+    """bf16, fp16, fp32, or a dtype by torch's name; ValueError otherwise."""
+    import torch
+
+    name = text.removeprefix("torch.")
+    dtype = getattr(torch, DTYPES.get(name, name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"--dtype: expected bf16, fp16 or fp32, got {text!r}")
+    return dtype
