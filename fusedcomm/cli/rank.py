@@ -1,4 +1,7 @@
-"""The entry of a rank process that launch.run_on_ranks starts: ``python -m fusedcomm.cli.rank LAUNCHER_PID module:name JSON``."""
+"""The entry of a rank process that launch.run_on_ranks starts.
+
+``python -m fusedcomm.cli.rank LAUNCHER_PID module:name JSON``
+"""
 
 from __future__ import annotations
 
