@@ -5,10 +5,13 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/stream_copy.h"
+
 namespace fusedcomm::cpu {
 namespace {
 
-constexpr int64_t kSliceNs = 50'000'000;  // how long a wait sleeps before it looks at its peers
+constexpr int64_t kStreamBytes = 8 << 20;  // results from here on bypass the caches: no consumer finds them there
+constexpr int64_t kSliceNs = 50'000'000;   // how long a wait sleeps before it looks at its peers
 
 const char* op_name(Op op) {
   switch (op) {
@@ -274,8 +277,11 @@ struct SumSteps : Summation {
 
   void finish(int64_t piece, int g) const {
     char* const to = out + split.begin(piece) * element;
-    if (summed()) {
-      std::memcpy(to, comm.slot(0, g), size_t(split.size(piece) * element));
+    const int64_t bytes = split.size(piece) * element;
+    if (summed() && split.total * element >= kStreamBytes) {
+      stream_copy(to, comm.slot(0, g), bytes);
+    } else if (summed()) {
+      std::memcpy(to, comm.slot(0, g), size_t(bytes));
     } else {
       kernels.sum(comm.sources(g, 0), to, 0, split.size(piece));
     }
