@@ -12,29 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fusedcomm.comm import process_group
-from fusedcomm.comm.custom import CustomAllReduce
-from fusedcomm.comm.guard import CallGuard
 from fusedcomm.comm.local import LocalOps
+from fusedcomm.comm.movement import DataMovement
 from fusedcomm.comm.plan import Facts, Plan, Stage, choose_plan
-from fusedcomm.env import Settings
 from fusedcomm.ops.checks import check_cpu, check_group_size, check_norm, check_out, check_x
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 _MAX_CACHED_PLANS = 1024
 
 
-class StagedCollectives:
-    """The collectives of GroupCoordinator, which derives from it and owns what they use."""
+class StagedCollectives(DataMovement):
+    """The all-reduce and its fused forms; GroupCoordinator derives from it."""
 
-    _rank: int
-    _world_size: int
-    _guard: CallGuard
-    _custom: CustomAllReduce | None
-    _group: dist.ProcessGroup | None
-    _settings: Settings
     _local: LocalOps
     _facts: Callable[..., Facts]  # those of the group; op, shape and dtype of the call are filled in
 
@@ -287,102 +278,6 @@ class StagedCollectives:
             weight_bias=weight_bias,
         )
 
-    # ---- data that moves as it is ----
-
-    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-        """The x of all ranks, joined along ``dim`` in rank order; x ``[...]`` has the same shape on every rank.
-
-        Any dtype. Raises as all_reduce does.
-        """
-        dim = _check_dim(x, dim)
-        x = x.contiguous()
-        out = x.new_empty(self._world_size, *x.shape)
-        moves = self._moving()
-        if self._group is None:
-            self._run("all_gather", x, None, lambda: out[0].copy_(x))
-        elif moves is not None:
-            self._run("all_gather", x, None, moves.all_gather, x, out)
-        else:
-            self._run("all_gather", x, None, process_group.all_gather, x, out, self._group)
-        # [W, a, n, b] -> [a, W * n, b]; along dim 0 this is a view
-        return out.movedim(0, dim).flatten(dim, dim + 1)
-
-    def reduce_scatter(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """This rank's share, along ``dim``, of the sum of x over the ranks; ``x.shape[dim]`` divides by world_size.
-
-        The same arithmetic as all_reduce. Raises as it does.
-        """
-        check_x(x)
-        dim = _check_dim(x, dim)
-        if x.shape[dim] % self._world_size:
-            raise ValueError(f"x: expected a size along dim {dim} divisible by {self._world_size}, got {x.shape[dim]}")
-        parts = x.unflatten(dim, (self._world_size, -1)).movedim(dim, 0).contiguous()
-        out = torch.empty_like(parts[0])
-        moves = self._moving()
-        if self._group is None:
-            self._run("reduce_scatter", x, dim, lambda: torch.add(parts[0], 0.0, out=out))
-        elif moves is not None:
-            self._run("reduce_scatter", x, dim, moves.reduce_scatter, parts, out)
-        else:
-            group, deterministic = self._group, self._settings.deterministic
-            self._run(
-                "reduce_scatter",
-                x,
-                dim,
-                lambda: process_group.reduce_scatter(parts, out, self._rank, group, deterministic=deterministic),
-            )
-        return out
-
-    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
-        """x of group rank ``src``, written into x on the other ranks and returned; x is contiguous, of any dtype.
-
-        Raises as all_reduce does.
-        """
-        _check_dim(x, 0)
-        if not 0 <= src < self._world_size:
-            raise ValueError(f"src: expected a rank between 0 and {self._world_size - 1}, got {src}")
-        if not x.is_contiguous():
-            raise ValueError(f"x: expected a contiguous tensor, got strides {x.stride()}")
-        moves = self._moving()
-        if self._group is None:
-            self._run("broadcast", x, src, lambda: None)
-        elif moves is not None:
-            self._run("broadcast", x, src, moves.broadcast, x, src)
-        else:
-            self._run("broadcast", x, src, process_group.broadcast, x, src, self._group)
-        return x
-
-    def barrier(self) -> None:
-        """Returns when all ranks have called it. Raises as all_reduce does."""
-        moves = self._moving()
-        if self._group is None:
-            self._run("barrier", None, None, lambda: None)
-        elif moves is not None:
-            self._run("barrier", None, None, moves.barrier)
-        else:
-            self._run("barrier", None, None, process_group.barrier, self._group)
-
-    def _moving(self) -> CustomAllReduce | None:
-        """What moves data that is not summed through shared memory, or None."""
-        return None if self._settings.disable_custom_ar else self._custom
-
-    def _run(
-        self,
-        op: str,
-        x: torch.Tensor | None,
-        option: int | None,
-        function: Callable[..., object],
-        *arguments: Any,
-    ) -> None:
-        self._guard.begin(op, x, option)
-        try:
-            function(*arguments)
-        except BaseException as error:
-            self._guard.failed(error)
-            raise
-        finally:
-            self._guard.end()
-
 
 def _check_sum(x: torch.Tensor, out: torch.Tensor | None) -> None:
     check_x(x)
@@ -396,14 +291,3 @@ def _check_norm(
 ) -> None:
     check_norm(x, residual, weight, eps, weight_bias)
     check_cpu(x)
-
-
-def _check_dim(x: torch.Tensor, dim: int) -> int:
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    check_cpu(x)
-    if x.dim() == 0:
-        raise ValueError("x: expected at least one dimension, got a scalar")
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim: expected between {-x.dim()} and {x.dim() - 1}, got {dim}")
-    return dim % x.dim()

@@ -22,7 +22,7 @@ DEFAULTS = {
     **dict.fromkeys(SWITCHES, False),
     "BACKEND": None,
     "TIMEOUT_S": 60.0,
-    "BUFFER_MB": 16,
+    "BUFFER_MB": 2,
 }
 
 
