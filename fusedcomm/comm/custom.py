@@ -51,8 +51,13 @@ class CustomAllReduce:
         self._native = native
         self._ops = native.ops
         size = native.segment_bytes(slot_bytes)
-        buffer = SymmetricBuffer.create(exchange, rank, size, native.segment_init)
+        # Before the exchanges of the buffer: a peer that is gone by now makes them fail, so none is missed.
         pidfds = [_open_pidfd(pid) for pid in pids]
+        try:
+            buffer = SymmetricBuffer.create(exchange, rank, size, native.segment_init)
+        except BaseException:
+            _close_all(pidfds)
+            raise
         config = CommConfig(
             rank=rank,
             world_size=world_size,
@@ -68,8 +73,10 @@ class CustomAllReduce:
         addresses = (ctypes.c_void_p * world_size)(*buffer.addresses)
         self._handle: int = native.comm_create(ctypes.byref(config), addresses, (ctypes.c_int32 * world_size)(*pidfds))
         self.buffer_kind = buffer.kind
-        # also runs when the interpreter exits
         self._release = weakref.finalize(self, _release, native, self._handle, buffer, pidfds)
+        # Not when the interpreter exits: a daemon thread may be in a call. The kernel frees everything then, and peers
+        # see that the process is gone.
+        self._release.atexit = False
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum over ranks of x ``[...]``, into out if given."""
@@ -205,6 +212,10 @@ def _release(native: Native, handle: int, buffer: SymmetricBuffer, pidfds: Seque
     native.comm_close(handle)
     native.comm_destroy(handle)
     buffer.close()
-    for fd in pidfds:
+    _close_all(pidfds)
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
         if fd >= 0:
             os.close(fd)

@@ -49,8 +49,11 @@ class CallGuard:
             self._refusal = lambda: GroupBrokenError(f"the group failed earlier and refuses further calls: {text}")
 
     def close(self) -> None:
-        """Every further call raises GroupClosedError."""
+        """Every further call raises GroupClosedError. RuntimeError if another thread is in a call."""
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("close: the group is in use by another thread")
         self._refusal = lambda: GroupClosedError("the group is closed")
+        self._lock.release()
 
     def forked(self) -> None:
         """In a child process: every call raises GroupClosedError."""

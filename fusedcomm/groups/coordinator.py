@@ -182,12 +182,16 @@ class GroupCoordinator(StagedCollectives):
     # ---- life ----
 
     def close(self) -> None:
-        """Frees everything the group owns. Not collective; closing twice is fine; peers in a call get an error."""
+        """Frees everything the group owns. Not collective; closing twice is fine; peers in a call get an error.
+
+        Raises:
+            RuntimeError: another thread is in a call of this group.
+        """
         if self._closed:
             return
-        self._closed = True
         if not self._forked:
             self._guard.close()
+        self._closed = True
         if self._custom is not None:
             if self._forked:
                 self._custom.abandon()
@@ -214,7 +218,11 @@ class GroupCoordinator(StagedCollectives):
                 settings = Settings.from_environ()
             except FusedCommError as error:
                 problem, settings = str(error), Settings()
-        library = native.load()
+        library = None
+        try:
+            library = native.load()
+        except OSError as error:
+            problem = problem or f"the native library cannot be loaded: {error}"
         if not problem:
             try:
                 choose_local_backend(settings, self.device.type, native_available=library is not None)

@@ -26,7 +26,10 @@ def host_identity(override: str | None = None) -> bytes:
     """32 bytes that are the same exactly for processes that can share memory: boot id and host name, hashed."""
     if override is not None:
         return hashlib.sha256(override.encode()).digest()
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""  # the host name alone has to do
     return hashlib.sha256(f"{boot}/{socket.gethostname()}".encode()).digest()
 
 
