@@ -100,9 +100,3 @@ def test_bench(launcher: str, tmp_path: Path, mpiexec: str) -> None:
     assert [r["op"] for r in records].count("set_up") == 1
     assert "set-up of a group" in done.stdout
     assert (tmp_path / "b.png").exists()
-
-
-def test_bench_of_a_field_that_tuning_lacks() -> None:
-    done = run("bench", "collectives", "--tp", "2", "--tokens", "1", "--no-set-up", "--vary", "speed=11")
-    assert done.returncode == 1
-    assert "got speed" in done.stderr

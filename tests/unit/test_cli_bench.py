@@ -20,6 +20,7 @@ from fusedcomm.cli.bench.job import Job, tuned
 from fusedcomm.cli.bench.registry import Peer, Registry, WrongResultError
 from fusedcomm.cli.bench.targets import TARGETS, judge
 from fusedcomm.cli.bench.worker import Spec
+from fusedcomm.cli.main import main
 from fusedcomm.comm.tuning import Tuning
 from fusedcomm.groups import coordinator
 
@@ -232,3 +233,28 @@ def test_report_and_plot(tmp_path: Path) -> None:
     assert "not met" in text
     report.save_plot(records, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vary", "speed=11"], "tuning: expected fields among"),
+        (["--peers", "nccl"], "--peers: expected names of peers, got nccl"),
+        (["--ops", "all_gather"], "--ops: expected all_reduce or"),
+        (["--hidden", "100"], "--hidden: expected a multiple of 128, got 100"),
+        (["--rounds", "0"], "--rounds"),
+    ],
+)
+def test_bad_input_starts_no_ranks(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "collectives", *arguments]) == 2
+    assert f"fusedcomm bench: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--tp", "0"], ["--tokens", "1,x"], ["--vary", "spins"], ["--with-tuning", "a=b"]]
+)
+def test_bad_numbers(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "collectives", *arguments])
+    assert exit_.value.code == 2
+    assert "expected" in capsys.readouterr().err

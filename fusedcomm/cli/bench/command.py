@@ -68,33 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     from fusedcomm.cli.bench.report import print_report, read_records, save_plot
 
-    tunings = [*arguments.with_tuning, *(t for variation in arguments.vary for t in variation)]
-    if arguments.tune:
-        tunings += [{name: value} for name, values in SWEEP.items() for value in values]
     launcher = arguments.launcher or ("mpiexec" if find_mpiexec() and has_mpi4py() else "torchrun")
-    if launcher == "torchrun":
-        print("without MPI (pip install 'fusedcomm[mpi]'): its peers are left out", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="fusedcomm-bench-") as folder:
         output = Path(folder) / "records.jsonl"
+        specs = {ranks: _spec(arguments, ranks, str(output)) for ranks in arguments.tp}
+        for spec in specs.values():
+            spec.check()
+        if launcher == "torchrun":
+            print("without mpiexec (pip install 'fusedcomm[mpi]'): no MPI among the peers", file=sys.stderr)
         code = 0
-        for ranks in arguments.tp:
-            spec = Spec(
-                output=str(output),
-                command=describe_command(),
-                ops=arguments.ops,
-                tokens=arguments.tokens or TOKENS.get(ranks, DEFAULT_TOKENS),
-                hidden=arguments.hidden,
-                dtype=arguments.dtype,
-                peers=arguments.peers,
-                tunings=tunings,
-                rounds=arguments.rounds,
-                batch_ms=arguments.batch_ms,
-                set_up=not arguments.no_set_up,
-            )
-            code = subprocess.run(_command(launcher, ranks, spec), check=False).returncode
-            if code:
-                print(f"fusedcomm bench: {ranks} ranks failed under {launcher} (exit code {code})", file=sys.stderr)
-                break
+        for ranks, spec in specs.items():
+            code = code or subprocess.run(_command(launcher, ranks, spec), check=False).returncode
         records = read_records(output) if output.exists() else []
         if arguments.json and records:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +89,28 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)
         save_plot(records, arguments.plot)
         print(f"plot: {arguments.plot}")
+    if code:
+        print(f"fusedcomm bench: the ranks failed under {launcher} (exit code {code})", file=sys.stderr)
     return 1 if code else 0
+
+
+def _spec(arguments: argparse.Namespace, ranks: int, output: str) -> Spec:
+    tunings = [*arguments.with_tuning, *(t for variation in arguments.vary for t in variation)]
+    if arguments.tune:
+        tunings += [{name: value} for name, values in SWEEP.items() for value in values]
+    return Spec(
+        output=output,
+        command=describe_command(),
+        ops=arguments.ops,
+        tokens=arguments.tokens or TOKENS.get(ranks, DEFAULT_TOKENS),
+        hidden=arguments.hidden,
+        dtype=arguments.dtype,
+        peers=arguments.peers,
+        tunings=tunings,
+        rounds=arguments.rounds,
+        batch_ms=arguments.batch_ms,
+        set_up=not arguments.no_set_up,
+    )
 
 
 def _command(launcher: str, ranks: int, spec: Spec) -> list[str]:
@@ -117,10 +122,17 @@ def _command(launcher: str, ranks: int, spec: Spec) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
+    numbers = _numbers_from_0(text)
     if min(numbers) < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected numbers of at least 1, got {text!r}")
     return numbers
+
+
+def _numbers_from_0(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,16, got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _names(text: str) -> list[str]:
@@ -128,13 +140,10 @@ def _names(text: str) -> list[str]:
 
 
 def _tuning(text: str) -> dict[str, int]:
-    return {name: int(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name: _numbers_from_0(value)[0] for name, _, value in pairs}
 
 
 def _variation(text: str) -> list[dict[str, int]]:
     name, _, values = text.partition("=")
     return [{name: value} for value in _numbers_from_0(values)]
-
-
-def _numbers_from_0(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]

@@ -32,12 +32,17 @@ ALGORITHMS: dict[str, dict[str, int]] = {
 }
 
 
-@contextlib.contextmanager
-def tuned(**overrides: int) -> Iterator[None]:
-    """Groups made inside take these values instead of the fields of their Tuning; on all ranks alike."""
+def check_tuning(overrides: Mapping[str, int]) -> None:
+    """ValueError unless all are fields of Tuning."""
     known = {f.name for f in dataclasses.fields(Tuning)}
     if unknown := sorted(overrides.keys() - known):
         raise ValueError(f"tuning: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+
+
+@contextlib.contextmanager
+def tuned(**overrides: int) -> Iterator[None]:
+    """Groups made inside take these values instead of the fields of their Tuning; on all ranks alike."""
+    check_tuning(overrides)
 
     def choose(*arguments: Any, **options: Any) -> Tuning:
         return dataclasses.replace(choose_tuning(*arguments, **options), **overrides)

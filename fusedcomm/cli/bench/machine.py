@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -45,10 +46,10 @@ def describe_date() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def describe_command(arguments: list[str] | None = None) -> str:
-    """The command line as a user would repeat it."""
+def describe_command() -> str:
+    """The command line, as a user would repeat it."""
     program = Path(sys.argv[0]).name
-    return " ".join([program, *(sys.argv[1:] if arguments is None else arguments)])
+    return shlex.join(["fusedcomm" if program == "main.py" else program, *sys.argv[1:]])
 
 
 def cpu_model() -> str:

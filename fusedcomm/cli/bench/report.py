@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,12 +66,14 @@ def save_plot(records: Sequence[Record], path: Path) -> None:
     from matplotlib import pyplot
 
     timed = [r for r in records if "us" in r]
-    panels = _unique((r["world_size"], r["op"]) for r in timed)
-    if not panels:
+    sizes, ops = _unique(r["world_size"] for r in timed), _unique(r["op"] for r in timed)
+    if not timed:
         return
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(
+        len(sizes), len(ops), figsize=(6.5 * len(ops), 4.8 * len(sizes)), squeeze=False, sharey="row"
+    )
     colors = {peer: f"C{i}" for i, peer in enumerate(_unique(r["peer"] for r in timed))}
-    for axis, (world_size, op) in zip(axes[0], panels, strict=True):
+    for axis, (world_size, op) in zip(axes.flat, itertools.product(sizes, ops), strict=True):
         own = [r for r in timed if (r["world_size"], r["op"]) == (world_size, op)]
         for peer in _unique(r["peer"] for r in own):
             points = sorted((r["tokens"], r["us"]) for r in own if r["peer"] == peer)
@@ -88,7 +91,8 @@ def save_plot(records: Sequence[Record], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     first = timed[0]
-    axes[0][0].set_ylabel("µs a call, slowest rank's median")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("µs a call, slowest rank's median")
     machine = first["machine"]
     figure.suptitle(
         f"H {first['hidden']}, {first['dtype']}; {machine['cpu']}, {machine['cores']} cores; {first['date'][:10]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from typing import IO
 import torch
 
 from fusedcomm.cli.bench import machine
-from fusedcomm.cli.bench.cases import Case, Inputs
+from fusedcomm.cli.bench.cases import GROUP_SIZE, Case, Inputs
 from fusedcomm.cli.bench.collectives import COLLECTIVES, OPS, our_peers
 from fusedcomm.cli.bench.harness import Effort, Timing, measure
-from fusedcomm.cli.bench.job import Job
+from fusedcomm.cli.bench.job import Job, check_tuning
 from fusedcomm.cli.bench.registry import Peer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,6 +43,23 @@ class Spec:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
+
+    def check(self) -> None:
+        """Refuses what the ranks could not measure, before any is started.
+
+        Raises:
+            ValueError: an operation, size, peer or tuning field that is not there.
+        """
+        if unknown := [op for op in self.ops if op not in OPS]:
+            raise ValueError(f"--ops: expected {' or '.join(OPS)}, got {unknown[0]}")
+        if self.hidden % GROUP_SIZE:
+            raise ValueError(f"--hidden: expected a multiple of {GROUP_SIZE}, got {self.hidden}")
+        if self.rounds < 1 or not self.batch_ms > 0:
+            raise ValueError(f"--rounds, --batch-ms: expected numbers > 0, got {self.rounds} and {self.batch_ms:g}")
+        if not self.chosen_peers(with_mpi=True):
+            raise ValueError(f"--peers: expected names of peers, got {','.join(self.peers)}")
+        for tuning in self.tunings:
+            check_tuning(tuning)
 
     def chosen_peers(self, *, with_mpi: bool) -> list[Peer]:
         """The peers to measure, by operation, those of other libraries first."""
@@ -92,7 +110,8 @@ def _records(spec: Spec, job: Job) -> Iterator[dict[str, object]]:
         inputs = Inputs(Case(tokens, spec.hidden, DTYPES[spec.dtype]), job.rank, job.world_size)
         runners = [peer.prepare(job, inputs) for peer in peers]
         for peer, timing in zip(peers, measure(runners, job, effort), strict=True):
-            yield {"op": peer.op, "peer": peer.name, "tokens": tokens, **_figures(timing)}
+            size = inputs.case.message_bytes
+            yield {"op": peer.op, "peer": peer.name, "tokens": tokens, "message_bytes": size, **_figures(timing)}
 
 
 def _figures(timing: Timing) -> dict[str, object]:
@@ -111,6 +130,7 @@ def _say(job: Job, text: str) -> None:
 
 def main() -> None:
     """``python -m fusedcomm.cli.bench.worker SPEC`` under mpiexec or torchrun."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all ranks, and none tells where it was
     spec = Spec(**json.loads(sys.argv[1]))
     with Path(spec.output).open("a", encoding="utf-8") as output:
         run(spec, output)
