@@ -67,6 +67,12 @@ class Native:
             setattr(self, name, function)
         _register_fakes()
 
+    def operator(self, name: str) -> Callable[..., Any]:
+        """The torch operator of this name, for the hot path: without the Python frame of OpOverload.__call__."""
+        overload = getattr(self.ops, name).default
+        bound: Callable[..., Any] = getattr(overload, "_op", overload)
+        return bound
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"the native library has no function {name!r}")
 

@@ -14,6 +14,7 @@ from fusedcomm import errors
 from fusedcomm.comm.symmetric_buffer import Exchange, SymmetricBuffer
 from fusedcomm.comm.tuning import Tuning
 from fusedcomm.native import CommConfig, Native
+from fusedcomm.ops.quant import layout_flags
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 # cpu::Failure of csrc/cpu/communicator.h
@@ -25,10 +26,15 @@ _FAILURES: dict[int, type[errors.GroupBrokenError]] = {
 }
 
 
+# column_major, packed: as the native operators take a layout
+_LAYOUT_FLAGS = {layout: layout_flags(layout)[:2] for layout in ScaleLayout}
+
+
 class CustomAllReduce:
     """One rank's end of the shared-memory collectives. Owns the buffer and the native communicator.
 
-    Arguments are checked by the caller (GroupCoordinator); tensors are contiguous CPU tensors.
+    The operators check every argument before anything is sent; what they say is short (RuntimeError), and the caller
+    turns it into a ValueError.
     """
 
     def __init__(
@@ -49,7 +55,6 @@ class CustomAllReduce:
             SetupError: on all ranks alike, if it fails on one.
         """
         self._native = native
-        self._ops = native.ops
         size = native.segment_bytes(slot_bytes)
         # Before the exchanges of the buffer: a peer that is gone by now makes them fail, so none is missed.
         pidfds = [_open_pidfd(pid) for pid in pids]
@@ -73,6 +78,16 @@ class CustomAllReduce:
         addresses = (ctypes.c_void_p * world_size)(*buffer.addresses)
         self._handle: int = native.comm_create(ctypes.byref(config), addresses, (ctypes.c_int32 * world_size)(*pidfds))
         self.buffer_kind = buffer.kind
+        self._comm_all_gather = native.operator("comm_all_gather")
+        self._comm_all_reduce = native.operator("comm_all_reduce")
+        self._comm_all_reduce_out = native.operator("comm_all_reduce_out")
+        self._comm_allreduce_rmsnorm = native.operator("comm_allreduce_rmsnorm")
+        self._comm_allreduce_rmsnorm_out = native.operator("comm_allreduce_rmsnorm_out")
+        self._comm_allreduce_rmsnorm_quant = native.operator("comm_allreduce_rmsnorm_quant")
+        self._comm_allreduce_rmsnorm_quant_out = native.operator("comm_allreduce_rmsnorm_quant_out")
+        self._comm_barrier = native.operator("comm_barrier")
+        self._comm_broadcast = native.operator("comm_broadcast")
+        self._comm_reduce_scatter = native.operator("comm_reduce_scatter")
         self._release = weakref.finalize(self, _release, native, self._handle, buffer, pidfds)
         # Not when the interpreter exits: a daemon thread may be in a call. The kernel frees everything then, and peers
         # see that the process is gone.
@@ -80,12 +95,12 @@ class CustomAllReduce:
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum over ranks of x ``[...]``, into out if given."""
-        handle, again = self._handle, self._ops.comm_all_reduce_out.default
+        handle, again = self._handle, self._comm_all_reduce_out
         if out is not None:
             self._complete(again, x, out)
             return out
         try:
-            out, done = self._ops.comm_all_reduce.default(handle, x)
+            out, done = self._comm_all_reduce(handle, x)
             while not done:
                 done = again(handle, x, out)
             return out
@@ -103,11 +118,9 @@ class CustomAllReduce:
         """All-reduce + add + RMSNorm in one launch."""
         handle = self._handle
         try:
-            norm, residual_out, done = self._ops.comm_allreduce_rmsnorm.default(
-                handle, x, residual, weight, eps, weight_bias
-            )
+            norm, residual_out, done = self._comm_allreduce_rmsnorm(handle, x, residual, weight, eps, weight_bias)
             while not done:
-                done = self._ops.comm_allreduce_rmsnorm_out.default(
+                done = self._comm_allreduce_rmsnorm_out(
                     handle, x, residual, weight, eps, weight_bias, norm, residual_out
                 )
             return AddRMSNorm(norm, residual_out)
@@ -128,7 +141,7 @@ class CustomAllReduce:
         """All-reduce + add + RMSNorm + per-group quantisation in one launch."""
         handle = self._handle
         try:
-            fp8, scale, residual_out, norm, done = self._ops.comm_allreduce_rmsnorm_quant.default(
+            fp8, scale, residual_out, norm, done = self._comm_allreduce_rmsnorm_quant(
                 handle,
                 x,
                 residual,
@@ -137,11 +150,10 @@ class CustomAllReduce:
                 weight_bias,
                 group_size,
                 emit_norm,
-                scale_layout is ScaleLayout.COLUMN_MAJOR,
-                scale_layout is ScaleLayout.UE8M0_PACKED,
+                *_LAYOUT_FLAGS[scale_layout],
             )
             while not done:
-                done = self._ops.comm_allreduce_rmsnorm_quant_out.default(
+                done = self._comm_allreduce_rmsnorm_quant_out(
                     handle, x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, norm
                 )
             return AddRMSNormQuant(fp8, scale, residual_out, norm, scale_layout)
@@ -150,19 +162,19 @@ class CustomAllReduce:
 
     def all_gather(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x of every rank, in rank order, into out ``[world_size, ...]``; any dtype."""
-        self._complete(self._ops.comm_all_gather.default, x, out)
+        self._complete(self._comm_all_gather, x, out)
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Part ``rank`` of the sum over ranks of x ``[world_size, ...]`` into out."""
-        self._complete(self._ops.comm_reduce_scatter.default, x, out)
+        self._complete(self._comm_reduce_scatter, x, out)
 
     def broadcast(self, x: torch.Tensor, src: int) -> None:
         """x of rank ``src`` into x of the others; any dtype."""
-        self._complete(self._ops.comm_broadcast.default, x, src)
+        self._complete(self._comm_broadcast, x, src)
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
-        self._complete(self._ops.comm_barrier.default)
+        self._complete(self._comm_barrier)
 
     def counts(self) -> dict[str, int]:
         """How many all-reduces (plain or fused) took one-shot and two-shot."""

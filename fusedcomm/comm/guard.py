@@ -21,14 +21,14 @@ class CallGuard:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._refusal: Callable[[], Exception] | None = None
 
     def begin(self, op: str, x: torch.Tensor | None = None, option: int | None = None) -> None:
         """Raises if the group cannot be used; with compare_calls also on all ranks if their calls differ."""
         if self._refusal is not None:
             raise self._refusal()
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             raise RuntimeError(f"{op}: the group is in use by another thread; it serves one thread at a time")
         if self.compare_calls:
             try:
@@ -40,7 +40,7 @@ class CallGuard:
 
     def end(self) -> None:
         """Lets the next call in."""
-        self._lock.release()
+        self.lock.release()
 
     def failed(self, error: BaseException) -> None:
         """After an error that leaves the ranks out of step the group refuses further calls; others change nothing."""
@@ -50,10 +50,10 @@ class CallGuard:
 
     def close(self) -> None:
         """Every further call raises GroupClosedError. RuntimeError if another thread is in a call."""
-        if not self._lock.acquire(blocking=False):
+        if not self.lock.acquire(blocking=False):
             raise RuntimeError("close: the group is in use by another thread")
         self._refusal = lambda: GroupClosedError("the group is closed")
-        self._lock.release()
+        self.lock.release()
 
     def forked(self) -> None:
         """In a child process: every call raises GroupClosedError."""

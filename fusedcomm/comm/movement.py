@@ -6,7 +6,7 @@ Through shared memory where the group has it, else through the process group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from fusedcomm.comm.custom import CustomAllReduce
 from fusedcomm.comm.guard import CallGuard
 from fusedcomm.env import Settings
 from fusedcomm.ops.checks import check_cpu, check_x
+
+_Result = TypeVar("_Result")
 
 
 class DataMovement:
@@ -110,17 +112,20 @@ class DataMovement:
         op: str,
         x: torch.Tensor | None,
         option: int | None,
-        function: Callable[..., object],
+        function: Callable[..., _Result],
         *arguments: Any,
-    ) -> None:
+    ) -> _Result:
         self._guard.begin(op, x, option)
         try:
-            function(*arguments)
+            return function(*arguments)
         except BaseException as error:
-            self._guard.failed(error)
+            self._fail(error)
             raise
         finally:
             self._guard.end()
+
+    def _fail(self, error: BaseException) -> None:
+        self._guard.failed(error)
 
 
 def _check_dim(x: torch.Tensor, dim: int) -> int:

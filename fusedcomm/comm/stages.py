@@ -1,8 +1,8 @@
 """The collectives of a group: each call takes the fastest stage that its plan allows.
 
-The hot path makes no checks in Python: the first call with a shape is checked here, and the native operators check
-every call before anything is sent. If one refuses, the full checks run again to say what is wrong. Where eight ranks
-share two cores, each Python function on the way costs every rank microseconds, because its code has left the caches.
+The hot path makes no checks in Python and looks no plan up: the native operators check every call before anything is
+sent, and if one refuses, the full checks say what is wrong. Where eight ranks share two cores, each Python function on
+the way costs every rank microseconds, because its code has left the caches.
 """
 
 from __future__ import annotations
@@ -14,10 +14,20 @@ from typing import Any
 import torch
 
 from fusedcomm.comm import process_group
+from fusedcomm.comm.custom import CustomAllReduce
 from fusedcomm.comm.local import LocalOps
 from fusedcomm.comm.movement import DataMovement
-from fusedcomm.comm.plan import Facts, Plan, Stage, choose_plan
-from fusedcomm.ops.checks import check_cpu, check_group_size, check_norm, check_out, check_x
+from fusedcomm.comm.plan import STAGES_OF, Facts, Plan, Stage, choose_plan
+from fusedcomm.ops.checks import (
+    GROUP_SIZES,
+    MAX_NORM_HIDDEN,
+    check_cpu,
+    check_group_size,
+    check_norm,
+    check_out,
+    check_scale_layout,
+    check_x,
+)
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 _MAX_CACHED_PLANS = 1024
@@ -31,6 +41,9 @@ class StagedCollectives(DataMovement):
 
     def __init__(self) -> None:
         self._plans: dict[tuple[object, ...], Plan] = {}
+        self._direct_sum: CustomAllReduce | None = None
+        self._direct_norm: CustomAllReduce | None = None
+        self._direct_quant: CustomAllReduce | None = None
         self._stats: Counter[str] = Counter()
 
     # ---- sums ----
@@ -46,20 +59,23 @@ class StagedCollectives(DataMovement):
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: a rank died, a wait passed its deadline, or ranks made different calls.
         """
-        plan = self._plans.get(("all_reduce", getattr(x, "shape", None), getattr(x, "dtype", None), 0))
-        if plan is None:
-            _check_sum(x, out)
-            plan = self._plan("all_reduce", x)
-        self._guard.begin("all_reduce", x)
-        try:
-            self._stats[plan.counter] += 1
-            return self._sum(plan.stage, x, out)
-        except BaseException as error:
-            self._guard.failed(error)
-            _check_sum(x, out)
-            raise
-        finally:
-            self._guard.end()
+        direct = self._direct_sum
+        if direct is not None and self._guard.lock.acquire(False):
+            try:
+                result = direct.all_reduce(x, out)
+                self._stats["all_reduce.custom"] += 1
+                return result
+            except BaseException as error:
+                self._fail(error)
+                _check_sum(x, out)
+                raise
+            finally:
+                self._guard.lock.release()
+        _check_sum(x, out)
+        plan = self._plan("all_reduce", x)
+        result = self._run("all_reduce", x, None, self._sum, plan.stage, x, out)
+        self._stats[plan.counter] += 1
+        return result
 
     def fused_allreduce_rmsnorm(
         self,
@@ -89,23 +105,25 @@ class StagedCollectives(DataMovement):
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
-        plan = self._plans.get(("allreduce_rmsnorm", getattr(x, "shape", None), getattr(x, "dtype", None), 0))
-        if plan is None:
-            _check_norm(x, residual, weight, eps, weight_bias)
-            plan = self._plan("allreduce_rmsnorm", x)
+        direct = self._direct_norm
+        if direct is not None and self._guard.lock.acquire(False):
+            try:
+                result = direct.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
+                self._stats["allreduce_rmsnorm.fused_norm"] += 1
+                return result
+            except BaseException as error:
+                self._fail(error)
+                _check_norm(x, residual, weight, eps, weight_bias)
+                raise
+            finally:
+                self._guard.lock.release()
+        _check_norm(x, residual, weight, eps, weight_bias)
+        plan = self._plan("allreduce_rmsnorm", x)
         if plan.stage is not Stage.FUSED_NORM:
-            _check_norm(x, residual, weight, eps, weight_bias)
             return None
-        self._guard.begin("allreduce_rmsnorm", x)
-        try:
-            self._stats[plan.counter] += 1
-            return self._fused_norm(x, residual, weight, eps, weight_bias)
-        except BaseException as error:
-            self._guard.failed(error)
-            _check_norm(x, residual, weight, eps, weight_bias)
-            raise
-        finally:
-            self._guard.end()
+        result = self._run("allreduce_rmsnorm", x, None, self._fused_norm, x, residual, weight, eps, weight_bias)
+        self._stats[plan.counter] += 1
+        return result
 
     def fused_allreduce_rmsnorm_quant_per_group(
         self,
@@ -131,25 +149,29 @@ class StagedCollectives(DataMovement):
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
+        direct = self._direct_quant
+        if direct is not None and self._guard.lock.acquire(False):
+            try:
+                result = direct.allreduce_rmsnorm_quant(
+                    x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
+                )
+                self._stats["allreduce_rmsnorm_quant.fused"] += 1
+                return result
+            except BaseException as error:
+                self._fail(error)
+                _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout)
+                raise
+            finally:
+                self._guard.lock.release()
+        _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout)
         op = "allreduce_rmsnorm_quant"
-        plan = self._plans.get((op, getattr(x, "shape", None), getattr(x, "dtype", None), group_size))
-        if plan is None:
-            _check_norm(x, residual, weight, eps, weight_bias)
-            check_group_size(x.shape[-1], group_size)
-            plan = self._plan(op, x, group_size)
+        plan = self._plan(op, x, group_size)
         if plan.stage is not Stage.FUSED:
-            _check_norm(x, residual, weight, eps, weight_bias)
             return None
-        self._guard.begin(op, x, group_size)
-        try:
-            self._stats[plan.counter] += 1
-            return self._fused_quant(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
-        except BaseException as error:
-            self._guard.failed(error)
-            _check_norm(x, residual, weight, eps, weight_bias)
-            raise
-        finally:
-            self._guard.end()
+        arguments = (x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        result = self._run(op, x, group_size, self._fused_quant, *arguments)
+        self._stats[plan.counter] += 1
+        return result
 
     def allreduce_rmsnorm(
         self,
@@ -165,16 +187,14 @@ class StagedCollectives(DataMovement):
         if fused is not None:
             return fused
         plan = self._plan("allreduce_rmsnorm", x)
-        self._guard.begin("allreduce_rmsnorm", x)
-        try:
-            self._stats[plan.counter] += 1
+
+        def staged() -> AddRMSNorm:
             total = self._sum(plan.stage, x)
             return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
-        except BaseException as error:
-            self._guard.failed(error)
-            raise
-        finally:
-            self._guard.end()
+
+        result = self._run("allreduce_rmsnorm", x, None, staged)
+        self._stats[plan.counter] += 1
+        return result
 
     def allreduce_rmsnorm_quant(
         self,
@@ -197,21 +217,44 @@ class StagedCollectives(DataMovement):
             return fused
         op = "allreduce_rmsnorm_quant"
         plan = self._plan(op, x, group_size)
-        self._guard.begin(op, x, group_size)
-        try:
-            self._stats[plan.counter] += 1
+
+        def staged() -> AddRMSNormQuant:
             if plan.stage is Stage.FUSED_NORM:
                 norm, residual_out = self._fused_norm(x, residual, weight, eps, weight_bias)
                 fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
                 return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
+            total = self._sum(plan.stage, x)
             return self._local.fused_add_rms_norm_quant(
-                self._sum(plan.stage, x), residual, weight, eps, weight_bias=weight_bias, **options
+                total, residual, weight, eps, weight_bias=weight_bias, **options
             )
-        except BaseException as error:
-            self._guard.failed(error)
-            raise
-        finally:
-            self._guard.end()
+
+        result = self._run(op, x, group_size, staged)
+        self._stats[plan.counter] += 1
+        return result
+
+    def _go_direct(self) -> None:
+        """Takes the plan off the hot path: where the first stage of an operation serves every shape, calls go straight
+        to the kernels. Not where calls are compared first."""
+        if self._custom is None or self._guard.compare_calls:
+            return
+        largest = torch.Size((1, MAX_NORM_HIDDEN))
+        direct = {
+            op: self._custom
+            for op, stages in STAGES_OF.items()
+            if self._plan_shape(op, largest, torch.float32, GROUP_SIZES[0]).stage is stages[0]
+        }
+        self._direct_sum = direct.get("all_reduce")
+        self._direct_norm = direct.get("allreduce_rmsnorm")
+        self._direct_quant = direct.get("allreduce_rmsnorm_quant")
+
+    def _stop_direct(self) -> None:
+        """Every call meets the guard again, which refuses it."""
+        self._direct_sum = self._direct_norm = self._direct_quant = None
+
+    def _fail(self, error: BaseException) -> None:
+        super()._fail(error)
+        if not self._guard.usable:
+            self._stop_direct()
 
     def _plan(self, op: str, x: torch.Tensor, group_size: int = 0) -> Plan:
         return self._plan_shape(op, x.shape, x.dtype, group_size)
@@ -291,3 +334,17 @@ def _check_norm(
 ) -> None:
     check_norm(x, residual, weight, eps, weight_bias)
     check_cpu(x)
+
+
+def _check_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    group_size: int,
+    scale_layout: ScaleLayout,
+) -> None:
+    _check_norm(x, residual, weight, eps, weight_bias)
+    check_group_size(x.shape[-1], group_size)
+    check_scale_layout(scale_layout)

@@ -191,6 +191,7 @@ class GroupCoordinator(StagedCollectives):
             return
         if not self._forked:
             self._guard.close()
+        self._stop_direct()
         self._closed = True
         if self._custom is not None:
             if self._forked:
@@ -277,6 +278,7 @@ class GroupCoordinator(StagedCollectives):
             slot_bytes=slot,
             one_shot_max_bytes=tuning.one_shot_max_bytes,
         )
+        self._go_direct()
 
     def _exchange(self, data: bytes) -> list[bytes]:
         return [data] if self._group is None else process_group.exchange_bytes(data, self._group)
@@ -311,3 +313,4 @@ def _after_fork() -> None:
     for group in _groups:
         group._forked = True
         group._guard.forked()
+        group._stop_direct()
