@@ -32,10 +32,10 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, 
     """Sum over ranks of x into out. ``deterministic``: in fp32 and rank order, as the custom kernels add."""
     if not deterministic:
         out.copy_(x)
-        dist.all_reduce(out, group=group)
+        group.allreduce([out]).wait()
         return
-    parts = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(parts, x, group=group)
+    parts = x.new_empty(group.size(), *x.shape)
+    all_gather(x, parts, group)
     total = torch.zeros_like(x, dtype=torch.float32)
     for part in parts:
         total += part
@@ -43,8 +43,8 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, 
 
 
 def all_gather(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """x of every rank into out ``[world_size, ...]``."""
-    dist.all_gather(list(out.unbind(0)), x, group=group)
+    """x of every rank into out ``[world_size, ...]``, both contiguous and of any dtype."""
+    group.allgather([[_bytes(part) for part in out]], [_bytes(x)]).wait()
 
 
 def reduce_scatter(
@@ -57,10 +57,10 @@ def reduce_scatter(
 
 
 def broadcast(x: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
-    """x of group rank ``src`` into x of the others."""
+    """x of group rank ``src`` into x of the others, contiguous and of any dtype."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = src, 0
-    group.broadcast([x], options).wait()
+    group.broadcast([_bytes(x)], options).wait()
 
 
 def barrier(group: dist.ProcessGroup) -> None:
@@ -71,6 +71,11 @@ def barrier(group: dist.ProcessGroup) -> None:
 def exchange_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """The bytes of every rank, in rank order; all pass the same length."""
     own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    parts = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(parts, own, group=group)
+    parts = own.new_empty(group.size(), len(data))
+    all_gather(own, parts, group)
     return [part.numpy().tobytes() for part in parts]
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor: what is only moved needs no dtype, and Gloo does not know them all."""
+    return x.view(-1).view(torch.uint8)
