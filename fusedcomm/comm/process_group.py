@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from fusedcomm.errors import GroupBrokenError, PeerDiedError, PeerTimeoutError
 
 
 def create(ranks: Sequence[int], rank: int, timeout_s: float) -> dist.ProcessGroup:
@@ -32,7 +36,8 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, 
     """Sum over ranks of x into out. ``deterministic``: in fp32 and rank order, as the custom kernels add."""
     if not deterministic:
         out.copy_(x)
-        group.allreduce([out]).wait()
+        with _errors_named("all_reduce"):
+            group.allreduce([out]).wait()
         return
     parts = x.new_empty(group.size(), *x.shape)
     all_gather(x, parts, group)
@@ -44,7 +49,8 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, 
 
 def all_gather(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup) -> None:
     """x of every rank into out ``[world_size, ...]``, both contiguous and of any dtype."""
-    group.allgather([[_bytes(part) for part in out]], [_bytes(x)]).wait()
+    with _errors_named("all_gather"):
+        group.allgather([[_bytes(part) for part in out]], [_bytes(x)]).wait()
 
 
 def reduce_scatter(
@@ -60,12 +66,14 @@ def broadcast(x: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
     """x of group rank ``src`` into x of the others, contiguous and of any dtype."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = src, 0
-    group.broadcast([_bytes(x)], options).wait()
+    with _errors_named("broadcast"):
+        group.broadcast([_bytes(x)], options).wait()
 
 
 def barrier(group: dist.ProcessGroup) -> None:
     """Returns when all ranks have called it."""
-    group.barrier().wait()
+    with _errors_named("barrier"):
+        group.barrier().wait()
 
 
 def exchange_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
@@ -79,3 +87,19 @@ def exchange_bytes(data: bytes, group: dist.ProcessGroup) -> list[bytes]:
 def _bytes(x: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor: what is only moved needs no dtype, and Gloo does not know them all."""
     return x.view(-1).view(torch.uint8)
+
+
+@contextlib.contextmanager
+def _errors_named(op: str) -> Iterator[None]:
+    """Gloo's RuntimeErrors as those of this library: whatever went wrong, the ranks are no longer in step."""
+    try:
+        yield
+    except RuntimeError as error:
+        # "[/path/of/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:63172. This is typically caused by …"
+        text = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+        kind: type[GroupBrokenError] = GroupBrokenError
+        if re.search(r"time(d )?out", text, re.IGNORECASE):
+            kind = PeerTimeoutError
+        elif re.search(r"connection|peer|pipe", text, re.IGNORECASE):
+            kind = PeerDiedError
+        raise kind(f"{op} of the process group: {text}") from error
