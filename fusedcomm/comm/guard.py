@@ -52,8 +52,8 @@ class CallGuard:
         """Every further call raises GroupClosedError. RuntimeError if another thread is in a call."""
         if not self.lock.acquire(blocking=False):
             raise RuntimeError("close: the group is in use by another thread")
+        # The lock is kept: a thread that is just about to go straight to the kernels must not find it free.
         self._refusal = lambda: GroupClosedError("the group is closed")
-        self.lock.release()
 
     def forked(self) -> None:
         """In a child process: every call raises GroupClosedError."""
