@@ -183,7 +183,7 @@ class CustomAllReduce:
         return {"one_shot": counts[0], "two_shot": counts[1]}
 
     def abandon(self) -> None:
-        """After ``fork``, in the child: forget the group without telling the peers anything."""
+        """After ``fork``, in the child: neither close() nor the garbage collector tells the peers anything."""
         self._release.detach()
 
     def close(self) -> None:

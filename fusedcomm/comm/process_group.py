@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -30,6 +31,11 @@ def create(ranks: Sequence[int], rank: int, timeout_s: float) -> dist.ProcessGro
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
     return group
+
+
+def abandon(group: dist.ProcessGroup) -> None:
+    """After ``fork``, in the child: never destroy the group; its destructor joins threads that exist in the parent."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, deterministic: bool) -> None:

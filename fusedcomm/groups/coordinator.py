@@ -194,10 +194,7 @@ class GroupCoordinator(StagedCollectives):
         self._stop_direct()
         self._closed = True
         if self._custom is not None:
-            if self._forked:
-                self._custom.abandon()
-            else:
-                self._custom.close()
+            self._custom.close()
         self._group = None
 
     def __enter__(self) -> GroupCoordinator:
@@ -314,3 +311,7 @@ def _after_fork() -> None:
         group._forked = True
         group._guard.forked()
         group._stop_direct()
+        if group._custom is not None:
+            group._custom.abandon()
+        if group._group is not None:
+            process_group.abandon(group._group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -11,7 +13,7 @@ from fusedcomm.groups import bootstrap
 from fusedcomm.groups.coordinator import GroupCoordinator
 
 _tp_group: GroupCoordinator | None = None
-_initialized_here = False
+_initializing_pid: int | None = None  # of the process that initialised torch.distributed here; a fork inherits it
 
 
 def init_distributed(
@@ -30,7 +32,7 @@ def init_distributed(
         ValueError: tp_size does not divide the number of ranks, or another bad argument.
         FusedCommError: there is a group already, or the launcher's variables make no sense.
     """
-    global _tp_group, _initialized_here
+    global _tp_group, _initializing_pid
     if _tp_group is not None and not _tp_group.closed:
         raise FusedCommError("init_distributed: there is a tensor-parallel group already; destroy_distributed() first")
     # how long to wait for the others; a malformed setting is reported by all ranks together, when the group is made
@@ -54,7 +56,7 @@ def init_distributed(
         raise ValueError(f"tp_size: expected a divisor of the number of ranks ({world}), got {tp_size}")
     if not dist.is_initialized() and world > 1:
         bootstrap.initialize(facts, seconds)
-        _initialized_here = True
+        _initializing_pid = os.getpid()
     first = rank // size * size
     try:
         _tp_group = GroupCoordinator(range(first, first + size), device=device, timeout=timeout, local_rank=local_rank)
@@ -73,10 +75,10 @@ def get_tp_group() -> GroupCoordinator:
 
 def destroy_distributed() -> None:
     """Closes the tensor-parallel group, and torch.distributed if init_distributed initialised it. Twice is fine."""
-    global _tp_group, _initialized_here
+    global _tp_group, _initializing_pid
     if _tp_group is not None:
         _tp_group.close()
         _tp_group = None
-    if _initialized_here and dist.is_initialized():
+    if _initializing_pid == os.getpid() and dist.is_initialized():
         dist.destroy_process_group()
-    _initialized_here = False
+    _initializing_pid = None
