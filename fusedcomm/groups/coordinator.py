@@ -23,7 +23,7 @@ from fusedcomm.comm.stages import StagedCollectives
 from fusedcomm.comm.symmetric_buffer import SetupError
 from fusedcomm.comm.tuning import choose_tuning, slot_bytes
 from fusedcomm.env import Settings
-from fusedcomm.errors import FusedCommError
+from fusedcomm.errors import FusedCommError, SettingError
 from fusedcomm.groups.topology import Hello, agree
 from fusedcomm.ops.dispatch import choose_local_backend
 
@@ -62,9 +62,8 @@ class GroupCoordinator(StagedCollectives):
         local_rank: int | None = None,
     ) -> None:
         super().__init__()
-        self.device = _check_device(device)
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"timeout: expected a number of seconds > 0, got {timeout}")
+        self.device = check_device(device)
+        check_timeout(timeout)
         self._closed = False
         self._forked = False
         self._custom = None
@@ -281,11 +280,25 @@ class GroupCoordinator(StagedCollectives):
         return [data] if self._group is None else process_group.exchange_bytes(data, self._group)
 
 
-def _check_device(device: torch.device | str | None) -> torch.device:
-    checked = torch.device("cpu" if device is None else device)
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device of a group; ValueError if there is no such group."""
+    try:
+        checked = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected a torch.device or its name, got {device!r}") from None
     if checked.type != "cpu":
         raise ValueError(f"device: expected cpu (GPU groups are not built yet), got {checked}")
     return checked
+
+
+def check_timeout(timeout: float | None) -> None:
+    """ValueError unless it is None or what ``FUSEDCOMM_TIMEOUT_S`` may be."""
+    if timeout is None:
+        return
+    try:
+        Settings(timeout_s=timeout)
+    except SettingError as error:
+        raise ValueError(f"timeout: {str(error).partition(': ')[2]}") from None
 
 
 def _check_ranks(ranks: Sequence[int] | None, global_rank: int, world: int) -> tuple[int, ...]:

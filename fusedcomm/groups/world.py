@@ -10,7 +10,7 @@ import torch.distributed as dist
 from fusedcomm.env import Settings
 from fusedcomm.errors import FusedCommError
 from fusedcomm.groups import bootstrap
-from fusedcomm.groups.coordinator import GroupCoordinator
+from fusedcomm.groups.coordinator import GroupCoordinator, check_device, check_timeout
 
 _tp_group: GroupCoordinator | None = None
 _initializing_pid: int | None = None  # of the process that initialised torch.distributed here; a fork inherits it
@@ -35,6 +35,11 @@ def init_distributed(
     global _tp_group, _initializing_pid
     if _tp_group is not None and not _tp_group.closed:
         raise FusedCommError("init_distributed: there is a tensor-parallel group already; destroy_distributed() first")
+    # before ranks meet: one that stopped half-way would leave the others waiting for it
+    check_device(device)
+    check_timeout(timeout)
+    if tp_size is not None and not isinstance(tp_size, int):
+        raise ValueError(f"tp_size: expected a whole number, got {tp_size!r}")
     # how long to wait for the others; a malformed setting is reported by all ranks together, when the group is made
     seconds = timeout
     if seconds is None:
