@@ -40,7 +40,8 @@ struct CallFacts {
 
 enum class RankState : uint32_t { kOpen = 0, kClosed = 1, kFailed = 2 };
 
-// A counter that ranks sleep on. The futex is the low half of `value`; see Communicator::arrive for the high half.
+// A counter that ranks sleep on. The futex is the low half of `value`; arrival() in communicator.cpp says what is in
+// the high half.
 struct alignas(64) WaitWord {
   std::atomic<uint64_t> value{0};
   std::atomic<uint32_t> sleepers{0};
