@@ -201,8 +201,9 @@ class CustomAllReduce:
 
     def _translate(self, error: BaseException) -> BaseException:
         handle = self._handle
-        if self._native.comm_in_call(handle):
-            # Ctrl-C, or an exception from a signal handler: this rank leaves a collective that the others are in.
+        if self._native.comm_in_call(handle) or not isinstance(error, Exception):
+            # Ctrl-C, or an exception from a signal handler: this rank leaves a collective that the others are in, or
+            # has lost the result of one that is just done. It refuses further calls: peers must not wait for it.
             self._native.comm_fail(handle, f"a collective was interrupted by {type(error).__name__}".encode())
             return error
         failure = _FAILURES.get(self._native.comm_failure(handle))

@@ -36,7 +36,7 @@ class DataMovement:
         Any dtype. Raises as all_reduce does.
         """
         dim = _check_dim(x, dim)
-        x = x.contiguous()
+        x = x.detach().contiguous()
         out = x.new_empty(self._world_size, *x.shape)
         moves = self._moving()
         if self._group is None:
@@ -57,7 +57,7 @@ class DataMovement:
         dim = _check_dim(x, dim)
         if x.shape[dim] % self._world_size:
             raise ValueError(f"x: expected a size along dim {dim} divisible by {self._world_size}, got {x.shape[dim]}")
-        parts = x.unflatten(dim, (self._world_size, -1)).movedim(dim, 0).contiguous()
+        parts = x.detach().unflatten(dim, (self._world_size, -1)).movedim(dim, 0).contiguous()
         out = torch.empty_like(parts[0])
         moves = self._moving()
         if self._group is None:

@@ -275,7 +275,7 @@ class StagedCollectives(DataMovement):
     def _sum(self, stage: Stage, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         if self._custom is not None and stage is not Stage.PROCESS_GROUP:
             return self._custom.all_reduce(x, out)
-        x = x.contiguous()
+        x = x.detach().contiguous()
         out = torch.empty_like(x) if out is None else out
         if self._group is None:
             return torch.add(x, 0.0, out=out)  # a sum of one starts from +0 as well: -0 becomes +0
