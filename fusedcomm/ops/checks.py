@@ -20,6 +20,8 @@ def check_x(x: torch.Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise ValueError(f"{name}: expected dtype bfloat16, float16 or float32, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {x.layout}")
     if x.dim() < 1:
         raise ValueError(f"{name}: expected at least one dimension, got a scalar")
 
