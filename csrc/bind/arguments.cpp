@@ -124,6 +124,13 @@ Tensor new_like(const Tensor& x) {
   return new_like(x, dtype, x.dim() == 0 ? 0 : x.size(x.dim() - 1));
 }
 
+void check_overlap(const char* name, const Tensor& t, const Tensor& x) {
+  const char* const a = static_cast<const char*>(t.const_data_ptr());
+  const char* const b = static_cast<const char*>(x.const_data_ptr());
+  const int64_t bytes = x.numel() * int64_t(x.element_size());
+  STD_TORCH_CHECK(a == b || a + bytes <= b || b + bytes <= a, name, ": expected x itself, or memory apart from it");
+}
+
 Shape shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() >= 1, "x: expected a contiguous CPU tensor [..., H]");
   const int64_t hidden = x.size(x.dim() - 1);

@@ -28,6 +28,10 @@ struct Shape {
 
 Shape shape_of(const Tensor& x);
 
+// Raises if t, which is like x, begins elsewhere and still shares memory with it: pieces of x would be overwritten
+// before they are read.
+void check_overlap(const char* name, const Tensor& t, const Tensor& x);
+
 // Uninitialised, contiguous, as x.
 Tensor new_like(const Tensor& x);
 

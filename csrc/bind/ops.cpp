@@ -123,6 +123,7 @@ std::tuple<Tensor, Tensor> per_group_quant_fp8(Tensor x, int64_t group_size, boo
 bool comm_all_reduce_out(int64_t comm, Tensor x, Tensor out) {
   x = dense(x);
   check_like("out", out, x);
+  check_overlap("out", out, x);
   return communicator(comm).all_reduce(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), x.numel());
 }
 

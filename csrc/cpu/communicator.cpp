@@ -21,6 +21,11 @@ uint64_t arrival(const CallFacts& facts) { return uint64_t(hash(facts)) << 32 | 
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// memcpy of perhaps nothing, from and to perhaps nowhere.
+void copy(void* to, const void* from, int64_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, size_t(bytes));
+}
+
 template <class Body>
 void parallel_rows(ParallelFor parallel, int64_t rows, int64_t grain, const Body& body) {
   if (parallel == nullptr || rows <= grain) {
@@ -192,7 +197,8 @@ struct Split {
   int64_t per_piece;
   int64_t per_chunk;  // 0: one-shot
 
-  int64_t pieces() const { return ceil_div(total, per_piece); }
+  // One even where there is nothing to move: ranks that disagree about that must meet to notice.
+  int64_t pieces() const { return std::max<int64_t>(1, ceil_div(total, per_piece)); }
   int64_t begin(int64_t piece) const { return piece * per_piece; }
   int64_t size(int64_t piece) const { return std::min(per_piece, total - begin(piece)); }
   int64_t chunks(int64_t piece) const { return per_chunk == 0 ? 0 : ceil_div(size(piece), per_chunk); }
@@ -216,7 +222,7 @@ struct Summation {
   Split split;
 
   void publish(int64_t piece, char* slot) const {
-    std::memcpy(slot, x + split.begin(piece) * element, size_t(split.size(piece) * element));
+    copy(slot, x + split.begin(piece) * element, split.size(piece) * element);
   }
   int64_t chunks(int64_t piece) const { return split.chunks(piece); }
   void share(int64_t piece, int64_t chunk, int g) const {
@@ -235,7 +241,7 @@ struct SumSteps : Summation {
     if (summed() && split.total * element >= kStreamBytes) {
       stream_copy(to, comm.slot(0, g), bytes);
     } else if (summed()) {
-      std::memcpy(to, comm.slot(0, g), size_t(bytes));
+      copy(to, comm.slot(0, g), bytes);
     } else {
       kernels.sum(comm.sources(g, 0), to, 0, split.size(piece));
     }
@@ -264,12 +270,10 @@ struct GatherSteps : OneShot {
   char* out;
   Split split;  // in bytes
 
-  void publish(int64_t piece, char* slot) const {
-    std::memcpy(slot, x + split.begin(piece), size_t(split.size(piece)));
-  }
+  void publish(int64_t piece, char* slot) const { copy(slot, x + split.begin(piece), split.size(piece)); }
   void finish(int64_t piece, int g) const {
     for (int r = 0; r < comm.config_.world_size; ++r) {
-      std::memcpy(out + r * split.total + split.begin(piece), comm.slot(r, g), size_t(split.size(piece)));
+      copy(out + r * split.total + split.begin(piece), comm.slot(r, g), split.size(piece));
     }
   }
 };
@@ -286,7 +290,7 @@ struct ReduceScatterSteps : OneShot {
   void publish(int64_t piece, char* slot) const {
     const int64_t bytes = split.size(piece) * element;
     for (int r = 0; r < comm.config_.world_size; ++r) {
-      std::memcpy(slot + r * bytes, x + (r * split.total + split.begin(piece)) * element, size_t(bytes));
+      copy(slot + r * bytes, x + (r * split.total + split.begin(piece)) * element, bytes);
     }
   }
   void finish(int64_t piece, int g) const {
@@ -302,10 +306,10 @@ struct BroadcastSteps : OneShot {
   Split split;  // in bytes
 
   void publish(int64_t piece, char* slot) const {
-    if (comm.config_.rank == root) std::memcpy(slot, x + split.begin(piece), size_t(split.size(piece)));
+    if (comm.config_.rank == root) copy(slot, x + split.begin(piece), split.size(piece));
   }
   void finish(int64_t piece, int g) const {
-    if (comm.config_.rank != root) std::memcpy(x + split.begin(piece), comm.slot(root, g), size_t(split.size(piece)));
+    if (comm.config_.rank != root) copy(x + split.begin(piece), comm.slot(root, g), split.size(piece));
   }
 };
 

@@ -58,6 +58,10 @@ bool wait_for(WaitWord& word, uint32_t target, const WaitPolicy& policy, int64_t
     const timespec timeout = {time_t(left / 1000000000), long(left % 1000000000)};
     const long rc = syscall(SYS_futex, futex_word(word), FUTEX_WAIT, seen, &timeout, nullptr, 0);
     if (rc != 0 && errno == EINTR) break;  // the caller lets signal handlers run
+    if (rc == 0) {  // woken: it is done, or a peer has failed or closed and the caller should look
+      done = reached(word, target);
+      break;
+    }
   }
   word.sleepers.fetch_sub(1);
   return done;

@@ -327,13 +327,17 @@ def _check_sum(x: torch.Tensor, out: torch.Tensor | None) -> None:
     check_cpu(x)
     if out is not None:
         check_out(out, x, "out")
+        # a piece of the result would overwrite a piece of x that has not been sent
+        if x.is_contiguous() and 0 < abs(out.data_ptr() - x.data_ptr()) < x.nbytes:
+            raise ValueError("out: expected x itself, or memory apart from it, got a tensor that overlaps x")
 
 
 def _check_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
 ) -> None:
-    check_norm(x, residual, weight, eps, weight_bias)
+    check_x(x)
     check_cpu(x)
+    check_norm(x, residual, weight, eps, weight_bias)
 
 
 def _check_norm_quant(

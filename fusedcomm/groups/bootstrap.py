@@ -152,12 +152,16 @@ def _mpi_store(facts: RankFacts, timeout: timedelta) -> Any:
     store: Any = None
     if facts.rank == 0:
         host = "127.0.0.1" if one_host else socket.getfqdn()
-        master = TCPStore(host, 0, facts.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
-        address.pack_into(data, 0, master.port, host.encode())
-        store = master
+        try:
+            store = TCPStore(host, 0, facts.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+            address.pack_into(data, 0, store.port, host.encode())
+        except RuntimeError as error:  # port 0: the others get the reason, and do not wait for an address
+            address.pack_into(data, 0, 0, str(error).encode()[:252])
     comm.Bcast(data, root=0)
+    port, host_bytes = address.unpack(data)
+    host = host_bytes.rstrip(b"\0").decode(errors="replace")
+    if port == 0:
+        raise FusedCommError(f"rank 0 cannot open a store for the rendezvous: {host}")
     if store is not None:
         return store
-    port, host_bytes = address.unpack(data)
-    host = host_bytes.rstrip(b"\0").decode()
     return TCPStore(host, port, facts.world_size, is_master=False, timeout=timeout)
