@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,9 @@ def mpiexec() -> str:
     if path is None:
         pytest.skip("needs mpiexec beside this Python: pip install fusedcomm[mpi]")
     return path
+
+
+def pytest_configure() -> None:
+    """A run started in the background ignores SIGINT, and so would every rank that inherits it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
