@@ -30,6 +30,7 @@ class SetupError(RuntimeError):
 
 # pid, fd, device, inode, size, name, error
 _EXPORT = struct.Struct("<qqQQQ96s280s")
+_NAME_BYTES = 96
 _ERROR_BYTES = 280
 
 
@@ -122,16 +123,17 @@ def _create_segments(
     exchange: Exchange, rank: int, size: int, initialize: Callable[[int], None], kind: str
 ) -> list[Segment]:
     with contextlib.ExitStack() as undo:
-        own, export = _allocate(size, kind, initialize)
+        name = ""
+        if kind == "shm":
+            remove_stale()
+            name = f"fusedcomm-{_process_id(os.getpid())}-{secrets.token_hex(8)}"
+            # All know all names before there is a file: whoever is killed from here on, the survivors remove them.
+            for data in exchange(name.encode().ljust(_NAME_BYTES, b"\0")):
+                undo.callback(_unlink, _unclip(data))
+        own, export = _allocate(size, name, initialize)
         if own is not None:
             undo.callback(own.close)
-        if export.name:
-            undo.callback(_unlink, export.name)
         exports = [Export.unpack(data) for data in exchange(export.pack())]
-        # The name of a rank that is killed before all have mapped goes too: any survivor removes it.
-        for e in exports:
-            if e.name:
-                undo.callback(_unlink, e.name)
         _raise_first_error([e.error for e in exports])
 
         segments: list[Segment] = []
@@ -154,31 +156,26 @@ def _create_segments(
         return segments
 
 
-def _allocate(size: int, kind: str, initialize: Callable[[int], None]) -> tuple[Segment | None, Export]:
-    name, fd = "", -1
+def _allocate(size: int, name: str, initialize: Callable[[int], None]) -> tuple[Segment | None, Export]:
+    """A segment in /dev/shm under this name, or in a memfd if it is empty."""
+    fd = -1
     try:
-        if kind == "memfd":
-            fd = os.memfd_create("fusedcomm", os.MFD_CLOEXEC)
-        else:
-            remove_stale()
-            name = f"fusedcomm-{_process_id(os.getpid())}-{secrets.token_hex(8)}"
+        if name:
             # what shm_open does on Linux
             fd = os.open(SHM_DIR / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        else:
+            fd = os.memfd_create("fusedcomm", os.MFD_CLOEXEC)
         # Reserves the pages now: running out of memory is an error here, and not a SIGBUS at the first write.
         os.posix_fallocate(fd, 0, size)
         segment = Segment(fd, size)
     except OSError as error:
         if fd >= 0:
             os.close(fd)
-        if name:
-            _unlink(name)
         return None, Export(os.getpid(), -1, 0, 0, 0, "", f"cannot allocate {size} bytes of shared memory: {error}")
     try:
         initialize(segment.address)
     except BaseException:
         segment.close()
-        if name:
-            _unlink(name)
         raise
     stat = os.fstat(fd)
     return segment, Export(os.getpid(), fd, stat.st_dev, stat.st_ino, size, name, "")
