@@ -70,10 +70,11 @@ class CallGuard:
         if x is not None:
             extra = "" if option is None else f", option={option}"
             call = f"{op}(shape={tuple(x.shape)}, dtype={x.dtype}{extra})"
-        texts = [
-            data.rstrip(b"\0").decode(errors="replace")
-            for data in self._exchange(call.encode()[:_CALL_TEXT_BYTES].ljust(_CALL_TEXT_BYTES, b"\0"))
-        ]
+        try:
+            records = self._exchange(call.encode()[:_CALL_TEXT_BYTES].ljust(_CALL_TEXT_BYTES, b"\0"))
+        except GroupBrokenError as error:
+            raise type(error)(f"{op}: {error}") from None
+        texts = [data.rstrip(b"\0").decode(errors="replace") for data in records]
         if len(set(texts)) > 1:
             listed = ", ".join(f"rank {r} {text}" for r, text in enumerate(texts))
             raise CallMismatchError(f"ranks made different calls: {listed}")
