@@ -126,6 +126,8 @@ class DataMovement:
 
     def _fail(self, error: BaseException) -> None:
         self._guard.failed(error)
+        if not self._guard.usable and self._custom is not None:
+            self._custom.give_up(error)
 
 
 def _check_dim(x: torch.Tensor, dim: int) -> int:
