@@ -19,17 +19,19 @@ class CallGuard:
     compare_calls = False
     """Whether ranks compare every call before they make it (``FUSEDCOMM_DEBUG=1``)."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, rank: int) -> None:
         self._exchange = exchange
+        self._rank = rank
+        self._op = ""
         self.lock = threading.Lock()
         self._refusal: Callable[[], Exception] | None = None
 
     def begin(self, op: str, x: torch.Tensor | None = None, option: int | None = None) -> None:
         """Raises if the group cannot be used; with compare_calls also on all ranks if their calls differ."""
-        if self._refusal is not None:
-            raise self._refusal()
+        self.check()
         if not self.lock.acquire(blocking=False):
             raise RuntimeError(f"{op}: the group is in use by another thread; it serves one thread at a time")
+        self._op = op
         if self.compare_calls:
             try:
                 self._compare_calls(op, x, option)
@@ -38,12 +40,20 @@ class CallGuard:
                 self.end()
                 raise
 
+    def check(self) -> None:
+        """Raises if the group is closed, broken, or that of a parent process."""
+        if self._refusal is not None:
+            raise self._refusal()
+
     def end(self) -> None:
         """Lets the next call in."""
         self.lock.release()
 
     def failed(self, error: BaseException) -> None:
         """After an error that leaves the ranks out of step the group refuses further calls; others change nothing."""
+        if isinstance(error, GroupBrokenError) and error.__cause__ is not None:
+            # from the process group, which knows neither
+            error.args = (f"{self._op}: rank {self._rank}: {error}",)
         if isinstance(error, GroupBrokenError) or not isinstance(error, Exception):
             text = str(error) or type(error).__name__
             self._refusal = lambda: GroupBrokenError(f"the group failed earlier and refuses further calls: {text}")

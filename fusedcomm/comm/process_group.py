@@ -42,7 +42,7 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, 
     """Sum over ranks of x into out. ``deterministic``: in fp32 and rank order, as the custom kernels add."""
     if not deterministic:
         out.copy_(x)
-        with _errors_named("all_reduce"):
+        with _translated_errors():
             group.allreduce([out]).wait()
         return
     parts = x.new_empty(group.size(), *x.shape)
@@ -55,7 +55,7 @@ def all_reduce(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup, *, 
 
 def all_gather(x: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup) -> None:
     """x of every rank into out ``[world_size, ...]``, both contiguous and of any dtype."""
-    with _errors_named("all_gather"):
+    with _translated_errors():
         group.allgather([[_bytes(part) for part in out]], [_bytes(x)]).wait()
 
 
@@ -72,13 +72,13 @@ def broadcast(x: torch.Tensor, src: int, group: dist.ProcessGroup) -> None:
     """x of group rank ``src`` into x of the others, contiguous and of any dtype."""
     options = dist.BroadcastOptions()
     options.rootRank, options.rootTensor = src, 0
-    with _errors_named("broadcast"):
+    with _translated_errors():
         group.broadcast([_bytes(x)], options).wait()
 
 
 def barrier(group: dist.ProcessGroup) -> None:
     """Returns when all ranks have called it."""
-    with _errors_named("barrier"):
+    with _translated_errors():
         group.barrier().wait()
 
 
@@ -96,7 +96,7 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _errors_named(op: str) -> Iterator[None]:
+def _translated_errors() -> Iterator[None]:
     """Gloo's RuntimeErrors as those of this library: whatever went wrong, the ranks are no longer in step."""
     try:
         yield
@@ -108,4 +108,4 @@ def _errors_named(op: str) -> Iterator[None]:
             kind = PeerTimeoutError
         elif re.search(r"connection|peer|pipe", text, re.IGNORECASE):
             kind = PeerDiedError
-        raise kind(f"{op} of the process group: {text}") from error
+        raise kind(f"the process group failed: {text}") from error

@@ -68,11 +68,11 @@ class GroupCoordinator(StagedCollectives):
         self._forked = False
         self._custom = None
         self._group = None
-        self._guard = CallGuard(self._exchange)
         self._global_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self._ranks = _check_ranks(ranks, self._global_rank, world)
         self._rank, self._world_size = self._ranks.index(self._global_rank), len(self._ranks)
         self._local_rank = self._global_rank if local_rank is None else local_rank
+        self._guard = CallGuard(self._exchange, self._rank)
         try:
             self._set_up(settings, timeout)
         except BaseException:
