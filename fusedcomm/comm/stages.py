@@ -120,6 +120,7 @@ class StagedCollectives(DataMovement):
         _check_norm(x, residual, weight, eps, weight_bias)
         plan = self._plan("allreduce_rmsnorm", x)
         if plan.stage is not Stage.FUSED_NORM:
+            self._guard.check()
             return None
         result = self._run("allreduce_rmsnorm", x, None, self._fused_norm, x, residual, weight, eps, weight_bias)
         self._stats[plan.counter] += 1
@@ -167,6 +168,7 @@ class StagedCollectives(DataMovement):
         op = "allreduce_rmsnorm_quant"
         plan = self._plan(op, x, group_size)
         if plan.stage is not Stage.FUSED:
+            self._guard.check()
             return None
         arguments = (x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
         result = self._run(op, x, group_size, self._fused_quant, *arguments)
@@ -255,6 +257,9 @@ class StagedCollectives(DataMovement):
         super()._fail(error)
         if not self._guard.usable:
             self._stop_direct()
+            if self._custom is not None:
+                # also where the kernels did not fail: peers must not wait for calls that this rank will refuse
+                self._custom.fail(str(error) or type(error).__name__)
 
     def _plan(self, op: str, x: torch.Tensor, group_size: int = 0) -> Plan:
         return self._plan_shape(op, x.shape, x.dtype, group_size)
