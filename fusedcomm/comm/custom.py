@@ -182,10 +182,6 @@ class CustomAllReduce:
         self._native.comm_counts(self._handle, counts)
         return {"one_shot": counts[0], "two_shot": counts[1]}
 
-    def fail(self, reason: str) -> None:
-        """Peers that wait for this rank, or will, get an error at once."""
-        self._native.comm_fail(self._handle, reason.encode())
-
     def give_up(self, error: BaseException) -> None:
         """Tells the peers that this rank makes no further call, so that none waits for it."""
         self._native.comm_fail(self._handle, f"a collective was interrupted by {type(error).__name__}".encode())

@@ -257,9 +257,6 @@ class StagedCollectives(DataMovement):
         super()._fail(error)
         if not self._guard.usable:
             self._stop_direct()
-            if self._custom is not None:
-                # also where the kernels did not fail: peers must not wait for calls that this rank will refuse
-                self._custom.fail(str(error) or type(error).__name__)
 
     def _plan(self, op: str, x: torch.Tensor, group_size: int = 0) -> Plan:
         return self._plan_shape(op, x.shape, x.dtype, group_size)
