@@ -19,7 +19,7 @@ class CallGuard:
     compare_calls = False
     """Whether ranks compare every call before they make it (``FUSEDCOMM_DEBUG=1``)."""
 
-    def __init__(self, exchange: Exchange, rank: int) -> None:
+    def __init__(self, exchange: Exchange, rank: int = 0) -> None:
         self._exchange = exchange
         self._rank = rank
         self._op = ""
