@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import struct
@@ -11,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not in __all__
+from torch.distributed import PrefixStore, TCPStore, rendezvous  # type: ignore[attr-defined]  # public, not in __all__
 
 from fusedcomm.env import launcher_environ
 from fusedcomm.errors import FusedCommError
@@ -55,23 +56,43 @@ def detect(environ: Mapping[str, str] | None = None) -> RankFacts:
     return RankFacts("alone", 0, 1, 0)
 
 
+_stores: dict[tuple[object, ...], Any] = {}  # by what the launcher said: a store lives as long as its process
+_initializations = 0
+
+
 def initialize(facts: RankFacts, timeout_s: float) -> None:
-    """Initialises torch.distributed (Gloo) for a job of several ranks; all ranks call it."""
+    """Initialises torch.distributed (Gloo) for a job of several ranks; all ranks call it.
+
+    Every initialisation of a job works in one store, under a prefix of its own. ``init_process_group`` by itself uses
+    the same keys each time: after a ``destroy_process_group``, a rank that is early reads the addresses of the time
+    before (torchrun's store outlives them) or talks to a store that is about to close, and hangs.
+    """
+    global _initializations
     timeout = timedelta(seconds=timeout_s)
+    environ = launcher_environ()
+    key = (facts, os.getpid(), environ.get("MASTER_ADDR"), environ.get("MASTER_PORT"))
+    store = _stores.get(key)
+    if store is None:
+        store = _stores[key] = _rendezvous(facts, environ, timeout)
+    store.set_timeout(timeout)
+    _initializations += 1
+    dist.init_process_group(
+        "gloo",
+        store=PrefixStore(f"fusedcomm/{_initializations}", store),
+        rank=facts.rank,
+        world_size=facts.world_size,
+        timeout=timeout,
+    )
+
+
+def _rendezvous(facts: RankFacts, environ: Mapping[str, str], timeout: timedelta) -> Any:
     if facts.launcher == "mpi":
-        store = _mpi_store(facts, timeout)
-        dist.init_process_group("gloo", store=store, rank=facts.rank, world_size=facts.world_size, timeout=timeout)
-    elif facts.launcher == "slurm":
-        host, port = slurm_rendezvous(launcher_environ())
-        dist.init_process_group(
-            "gloo",
-            init_method=f"tcp://{host}:{port}",
-            rank=facts.rank,
-            world_size=facts.world_size,
-            timeout=timeout,
-        )
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        return _mpi_store(facts, timeout)
+    url = "env://"
+    if facts.launcher == "slurm":
+        host, port = slurm_rendezvous(environ)
+        url = f"tcp://{host}:{port}"
+    return next(iter(rendezvous(url, facts.rank, facts.world_size, timeout=timeout)))[0]
 
 
 def slurm_rendezvous(environ: Mapping[str, str]) -> tuple[str, int]:
