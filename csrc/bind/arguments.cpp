@@ -53,12 +53,12 @@ Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, 
   return Tensor(handle);
 }
 
-constexpr int64_t kMaxDim = 16;
+constexpr int64_t kMaxDim = 64;  // what torch itself allows
 
 // As x, contiguous; the last size and the dtype may differ.
 Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size) {
   const int64_t dim = x.dim();
-  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "x: expected 1 to 16 dimensions");
+  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "x: expected 1 to 64 dimensions");
   int64_t sizes[kMaxDim], strides[kMaxDim];
   int64_t stride = 1;
   for (int64_t d = dim - 1; d >= 0; --d) {
