@@ -10,6 +10,7 @@ import spec
 import torch
 import torch.distributed as dist
 from cases import make
+from harness import device
 
 import fusedcomm
 from fusedcomm import GroupCoordinator, ScaleLayout
@@ -27,12 +28,35 @@ def inputs_of_all(
     return [input_of(seed, rank, shape, dtype, kind) for rank in range(group.world_size)]
 
 
+def new_group(ranks: Sequence[int] | None = None, **options: Any) -> GroupCoordinator:
+    """A GroupCoordinator on the device that this rank was given: the CPU, or its GPU."""
+    return GroupCoordinator(ranks, device=device(), **options)
+
+
+def init_group(**options: Any) -> GroupCoordinator:
+    """fusedcomm.init_distributed on the device that this rank was given."""
+    return fusedcomm.init_distributed(device=device(), **options)
+
+
 def gathered(x: torch.Tensor) -> list[torch.Tensor]:
-    """x of every rank of the world, carried by torch.distributed."""
-    data = x.detach().contiguous().view(torch.uint8) if x.dim() and x.numel() else torch.empty(0, dtype=torch.uint8)
+    """x of every rank of the world, carried by torch.distributed, on the CPU."""
+    x = x.detach().cpu()
+    data = x.contiguous().view(torch.uint8) if x.dim() and x.numel() else torch.empty(0, dtype=torch.uint8)
     parts = [torch.empty_like(data) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, data)
     return [part.view(x.dtype).view(x.shape) if part.numel() else torch.empty_like(x) for part in parts]
+
+
+def own_input(
+    group: GroupCoordinator, seed: int, shape: Sequence[int], dtype: torch.dtype, kind: str = "ordinary"
+) -> torch.Tensor:
+    """input_of of this rank, where the group's calls take it."""
+    return input_of(seed, group.rank, shape, dtype, kind).to(group.device)
+
+
+def on_device(group: GroupCoordinator, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """The tensors where the group's calls take them."""
+    return tuple(None if t is None else t.to(group.device) for t in tensors)
 
 
 def poison(*like: torch.Tensor | None) -> None:
@@ -73,15 +97,14 @@ def check_all_reduce(
 ) -> torch.Tensor:
     """The sum has the bits of the fp32 sum in rank order."""
     parts = inputs_of_all(group, seed, shape, dtype, kind)
-    x = parts[group.rank]
-    before = x.clone()
+    x = parts[group.rank].to(group.device, copy=True)
     poison(x)
     got = (call or group.all_reduce)(x)
     assert got.dtype is dtype
     assert got.is_contiguous()
     assert tuple(got.shape) == tuple(shape)
     spec.assert_same(got, spec.rank_order_sum(parts), f"all_reduce {tuple(shape)}")
-    spec.assert_same(x, spec.widen(before), "x")  # left alone
+    spec.assert_same(x, spec.widen(parts[group.rank]), "x")  # left alone
     return got
 
 
@@ -103,9 +126,10 @@ def check_norm(
     own_residual = input_of(seed + 1000, group.rank, shape, dtype) if residual else None
     weight = make(seed + 5, tuple(shape[-1:]), weight_dtype or dtype, "ordinary")
     want = spec.add_norm(spec.rank_order_sum(parts), own_residual, weight, eps, dtype, weight_bias)
-    poison(parts[0], parts[0])
+    x, own_residual, weight = on_device(group, parts[group.rank], own_residual, weight)
+    poison(x, x)
     function = group.fused_allreduce_rmsnorm if fused_only else group.allreduce_rmsnorm
-    got = function(parts[group.rank], own_residual, weight, eps, weight_bias=weight_bias)
+    got = function(x, own_residual, weight, eps, weight_bias=weight_bias)
     assert got is not None
     spec.assert_same(got.residual, want.residual, f"residual {tuple(shape)}")
     spec.assert_same(got.norm, want.norm, f"norm {tuple(shape)}")
@@ -133,10 +157,11 @@ def check_quant(
     weight = make(seed + 5, tuple(shape[-1:]), dtype, "ordinary")
     want = spec.add_norm(spec.rank_order_sum(parts), own_residual, weight, eps, dtype, weight_bias)
     quant = spec.quantise(want.norm, group_size, ue8m0=scale_layout is ScaleLayout.UE8M0_PACKED)
-    poison(parts[0], parts[0])
+    x, own_residual, weight = on_device(group, parts[group.rank], own_residual, weight)
+    poison(x, x)
     function = group.fused_allreduce_rmsnorm_quant_per_group if fused_only else group.allreduce_rmsnorm_quant
     got = function(
-        parts[group.rank],
+        x,
         own_residual,
         weight,
         eps,
@@ -161,7 +186,7 @@ def bits(t: torch.Tensor | None) -> bytes:
     """All bytes of the values, in the order of the shape."""
     if t is None:
         return b""
-    return t.detach().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
 def bits_but_nan(t: torch.Tensor | None) -> bytes:

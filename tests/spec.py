@@ -25,8 +25,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def widen(t: torch.Tensor) -> F32:
-    """The fp32 values of a bf16, fp16 or fp32 tensor; exact."""
-    t = t.detach().contiguous()
+    """The fp32 values of a bf16, fp16 or fp32 tensor, from any device; exact."""
+    t = t.detach().cpu().contiguous()
     if t.dtype is torch.bfloat16:
         bits = t.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16
         return bits.view(np.float32)
@@ -166,7 +166,7 @@ def assert_same(got: torch.Tensor, want: F32, what: str = "") -> None:
 
 def assert_codes(got: torch.Tensor, want: Bytes, what: str = "fp8") -> None:
     """got (FP8) has exactly these codes; any NaN stands for any other."""
-    codes = got.contiguous().view(torch.uint8).numpy()
+    codes = got.cpu().contiguous().view(torch.uint8).numpy()
     values = fp8_values(got.dtype)
     assert codes.shape == want.shape, f"{what}: shape {codes.shape}, expected {want.shape}"
     different = (codes != want) & ~(np.isnan(values[codes]) & np.isnan(values[want]))
@@ -195,7 +195,7 @@ def assert_scale(got: torch.Tensor, want: Quant, layout: str, what: str = "scale
     if rows == 0:
         return
     # the memory from the first element to the last: what a kernel that reads the layout would see
-    memory = torch.as_strided(got, ((words - 1) * padded + rows,), (1,))
+    memory = torch.as_strided(got, ((words - 1) * padded + rows,), (1,)).cpu()
     for row in range(rows):
         for group in range(groups):
             if layout == "column_major":

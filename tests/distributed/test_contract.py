@@ -2,480 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
+import contract
 import pytest
-import spec
-import torch
-import torch.distributed as dist
-from cases import KINDS, make
 from harness import RankPool
-from ranked import (
-    bits,
-    bits_but_nan,
-    check_all_reduce,
-    check_norm,
-    check_quant,
-    gathered,
-    input_of,
-    random_shape,
-    same_on_all_ranks,
-    works,
-)
 
-import fusedcomm
-from fusedcomm import GroupCoordinator, ScaleLayout, Settings
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LAYOUTS = list(ScaleLayout)
 WORLD_SIZES = (2, 3, 6, 8)
 
 
 # ---- shapes, dtypes, kinds of values ----
 
 
-def sums_of_all_shapes() -> None:
-    with GroupCoordinator() as group:
-        shapes = [(1, 1), (1, 127), (3, 129), (17, 1000), (5, 3, 33), (4097,), (0, 64), (0,), (3, 0), (1, 65537)]
-        for seed, shape in enumerate(shapes):
-            for dtype in DTYPES:
-                check_all_reduce(group, seed, shape, dtype)
-        assert group.stats()["all_reduce.custom"] == len(shapes) * len(DTYPES)
-
-
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_all_reduce_of_all_shapes(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(sums_of_all_shapes)
-
-
-def norms_of_all_shapes() -> None:
-    with GroupCoordinator() as group:
-        shapes = [(1, 1), (1, 7), (5, 1000), (16, 4096), (2, 3, 384), (0, 128), (129,), (1, 32768)]
-        for seed, shape in enumerate(shapes):
-            for dtype in DTYPES:
-                check_norm(group, seed, shape, dtype)
-        check_norm(group, 50, (3, 256), torch.bfloat16, residual=False)
-        check_norm(group, 51, (3, 256), torch.bfloat16, weight_dtype=torch.float32, weight_bias=1.0, eps=0.0)
-        check_norm(group, 52, (3, 256), torch.float16, fused_only=True)
+    ranks(world_size).run(contract.sums_of_all_shapes)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_norms_of_all_shapes(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(norms_of_all_shapes)
-
-
-def quants_of_all_shapes() -> None:
-    with GroupCoordinator() as group:
-        seed = 0
-        for shape in [(1, 128), (5, 1280), (16, 4096), (2, 3, 384), (0, 256), (256,)]:
-            for layout in LAYOUTS:
-                for dtype in DTYPES:
-                    seed += 1
-                    check_quant(group, seed, shape, dtype, scale_layout=layout, emit_bf16=bool(seed % 2))
-        for group_size in (32, 64, 128, 256):
-            check_quant(group, 90, (3, 1280), torch.bfloat16, group_size=group_size, residual=False, fused_only=True)
-        check_quant(group, 91, (3, 1280), torch.bfloat16, weight_bias=1.0, emit_bf16=True)
-        check_quant(group, 92, (1, 32768), torch.float32, scale_layout=ScaleLayout.UE8M0_PACKED)
+    ranks(world_size).run(contract.norms_of_all_shapes)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_quantised_norms_of_all_shapes(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(quants_of_all_shapes)
-
-
-def all_kinds_of_values() -> None:
-    """Infinities, NaN, -0, subnormals and huge values, on all ranks at once and on one."""
-    with GroupCoordinator() as group:
-        for seed, kind in enumerate(KINDS):
-            for dtype in DTYPES:
-                check_all_reduce(group, seed, (7, 333), dtype, kind)
-                check_norm(group, seed, (7, 320), dtype, kind)
-                check_quant(group, seed, (7, 320), dtype, kind, group_size=64, emit_bf16=True)
-        for special in (float("nan"), float("inf"), -0.0):
-            x = torch.full((2, 256), special if group.rank == group.world_size - 1 else -0.0)
-            total = group.all_reduce(x)
-            spec.assert_same(total, np.full((2, 256), special + 0.0, dtype=np.float32))
+    ranks(world_size).run(contract.quants_of_all_shapes)
 
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_all_kinds_of_values(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(all_kinds_of_values)
-
-
-def negative_zeros() -> None:
-    """From +0: -0 from every rank is +0, by every stage of our own."""
-    for settings in (Settings(), Settings(disable_custom_ar=True, deterministic=True)):
-        with GroupCoordinator(settings=settings) as group:
-            for dtype in DTYPES:
-                total = group.all_reduce(torch.full((3, 100), -0.0, dtype=dtype))
-                assert not torch.signbit(total).any()
+    ranks(world_size).run(contract.all_kinds_of_values)
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
 def test_negative_zeros_become_zero(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(negative_zeros)
+    ranks(world_size).run(contract.negative_zeros)
 
 
 # ---- the same bits: on all ranks, alone and among others, one-shot and two-shot, by every stage ----
 
 
-def against_torch_distributed() -> None:
-    """As the test above, with the inputs of the others carried by torch.distributed and not made again."""
-    with GroupCoordinator() as group:
-        for seed, dtype in enumerate(DTYPES):
-            x = input_of(seed, group.rank, (9, 512), dtype)
-            residual = make(seed + 9, (9, 512), dtype, "ordinary")  # the same everywhere: then all results are
-            weight = make(seed + 10, (512,), dtype, "ordinary")
-            parts = gathered(x)
-            assert len({bits(part) for part in parts}) == group.world_size, "inputs must differ by rank"
-            total = group.all_reduce(x)
-            spec.assert_same(total, spec.rank_order_sum(parts))
-            same_on_all_ranks(total)
-            want = spec.add_norm(spec.rank_order_sum(parts), residual, weight, 1e-5, dtype)
-            result = group.allreduce_rmsnorm_quant(x, residual, weight, 1e-5, emit_bf16=True)
-            spec.assert_same(result.norm, want.norm)
-            for t in (result.fp8, result.scale, result.residual, result.norm):
-                same_on_all_ranks(t)
-
-
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_same_bits_on_all_ranks(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(against_torch_distributed)
-
-
-def one_row_alone_and_among_many() -> None:
-    with GroupCoordinator() as group:
-        for dtype in DTYPES:
-            x = input_of(1, group.rank, (700, 512), dtype)  # two-shot from 65 rows on
-            residual, weight = input_of(2, group.rank, (700, 512), dtype), make(3, (512,), dtype, "ordinary")
-            many = group.allreduce_rmsnorm_quant(x, residual, weight, 1e-6, emit_bf16=True)
-            total = group.all_reduce(x)
-            for first, last in [(0, 1), (17, 18), (699, 700), (100, 117), (300, 500)]:
-                some = group.allreduce_rmsnorm_quant(x[first:last], residual[first:last], weight, 1e-6, emit_bf16=True)
-                for few, all_rows in zip(some[:4], many[:4], strict=True):
-                    assert bits(few) == bits(all_rows[first:last]), f"rows {first} to {last}, {dtype}"
-                assert bits(group.all_reduce(x[first:last])) == bits(total[first:last])
-        algorithms = group.stats()
-        assert algorithms["algorithm.one_shot"] > 0
-        assert algorithms["algorithm.two_shot"] > 0
+    ranks(world_size).run(contract.against_torch_distributed)
 
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_a_row_has_the_same_bits_alone_and_among_many(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(one_row_alone_and_among_many)
-
-
-def around_the_crossing_point() -> None:
-    with GroupCoordinator() as group:
-        crossing = group.explain("all_reduce", (1, 1), torch.float32)
-        assert crossing.algorithm == "one_shot"
-        # find the largest one-shot message from outside, by bisection
-        low, high = 1, 1 << 24
-        while high - low > 1:
-            middle = (low + high) // 2
-            small = group.explain("all_reduce", (1, middle), torch.float32).algorithm == "one_shot"
-            low, high = (middle, high) if small else (low, middle)
-        assert 1 < low < 1 << 23
-        for seed, count in enumerate([low - 1, low, low + 1, low + 2, 3 * low]):
-            before = group.stats()
-            check_all_reduce(group, seed, (count,), torch.float32)
-            check_all_reduce(group, seed, (2 * count,), torch.bfloat16)
-            after = group.stats()
-            algorithm = "algorithm.one_shot" if count <= low else "algorithm.two_shot"
-            assert after[algorithm] - before[algorithm] == 2
+    ranks(world_size).run(contract.one_row_alone_and_among_many)
 
 
 def test_sizes_around_the_crossing_of_one_shot_and_two_shot(ranks: RankPool) -> None:
-    ranks(8).run(around_the_crossing_point)
-
-
-def larger_than_the_slab() -> None:
-    """A slab of 1 MiB: every input below takes several pieces, some of them ragged."""
-    with GroupCoordinator(settings=Settings(buffer_mb=1)) as group:
-        check_all_reduce(group, 1, (3 * (1 << 18) + 5,), torch.float32)
-        check_all_reduce(group, 2, (700, 1021), torch.bfloat16)
-        check_norm(group, 3, (700, 1021), torch.bfloat16)
-        check_norm(group, 4, (37, 32768), torch.float32)  # four rows of 128 KiB in a slot of 512 KiB
-        check_quant(group, 5, (700, 1024), torch.float16, emit_bf16=True, scale_layout=ScaleLayout.COLUMN_MAJOR)
-        check_quant(group, 6, (9, 32768), torch.float32)
-        big = input_of(7, group.rank, (3, 300001), torch.float32)
-        everything = group.all_gather(big, dim=0)
-        for rank in range(group.world_size):
-            assert torch.equal(everything[3 * rank : 3 * rank + 3], input_of(7, rank, (3, 300001), torch.float32))
-        x = input_of(8, group.rank, (300000,), torch.float32)
-        assert torch.equal(group.broadcast(x, src=1), input_of(8, 1, (300000,), torch.float32))
-        share = 120000
-        x = input_of(9, group.rank, (group.world_size * share,), torch.float32)
-        total = spec.rank_order_sum([input_of(9, r, x.shape, torch.float32) for r in range(group.world_size)])
-        spec.assert_same(group.reduce_scatter(x), total[group.rank * share : (group.rank + 1) * share])
+    ranks(8).run(contract.around_the_crossing_point)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_inputs_larger_than_the_slab(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(larger_than_the_slab, timeout=120)
-
-
-# how to force each stage of an operation
-FORCED: dict[str, dict[str, Settings]] = {
-    "all_reduce": {
-        "custom": Settings(),
-        "process_group": Settings(disable_custom_ar=True, deterministic=True),
-    },
-    "allreduce_rmsnorm": {
-        "fused_norm": Settings(),
-        "custom": Settings(disable_fused_ar_norm=True),
-        "process_group": Settings(disable=True, deterministic=True),
-    },
-    "allreduce_rmsnorm_quant": {
-        "fused": Settings(),
-        "fused_norm": Settings(disable_fused_ar_quant=True),
-        "custom": Settings(disable_fused_ar_quant=True, disable_fused_ar_norm=True),
-        "process_group": Settings(disable=True, deterministic=True),
-    },
-}
-
-
-def every_op_by_every_stage() -> None:
-    checks: dict[str, Any] = {
-        "all_reduce": check_all_reduce,
-        "allreduce_rmsnorm": check_norm,
-        "allreduce_rmsnorm_quant": check_quant,
-    }
-    for op, stages in FORCED.items():
-        results: dict[str, list[bytes]] = {}
-        for stage, settings in stages.items():
-            with GroupCoordinator(settings=settings) as group:
-                assert group.explain(op, (5, 1280), torch.bfloat16).stage == stage
-                found = []
-                for seed, dtype in enumerate(DTYPES):
-                    for kind in ("ordinary", "specials"):
-                        for rows in (0, 1, 5, 70):
-                            result = checks[op](group, seed, (rows, 1280), dtype, kind)
-                            tensors = (result,) if isinstance(result, torch.Tensor) else result[:4]
-                            found += [bits_but_nan(t) for t in tensors]
-                assert {name for name in group.stats() if name.startswith(op)} == {f"{op}.{stage}"}
-                results[stage] = found
-        first = next(iter(results.values()))
-        assert all(found == first for found in results.values()), op
+    ranks(world_size).run(contract.larger_than_the_slab, timeout=120)
 
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_every_stage_gives_the_same_bits(ranks: RankPool, world_size: int) -> None:
-    ranks(world_size).run(every_op_by_every_stage, timeout=180)
-
-
-def process_group_within_reason() -> None:
-    """Without DETERMINISTIC stage 4 adds in Gloo's order: near, and the same on all ranks."""
-    with GroupCoordinator(settings=Settings(disable=True)) as group:
-        for dtype, roundoff in ((torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11), (torch.float32, 2.0**-24)):
-            x = input_of(1, group.rank, (9, 512), dtype)
-            parts = gathered(x)
-            total = group.all_reduce(x)
-            exact = torch.stack([part.double() for part in parts]).sum(0)
-            magnitude = torch.stack([part.double().abs() for part in parts]).sum(0)
-            # each of W - 1 additions rounds to T once; a partial sum is at most the sum of magnitudes
-            assert ((total.double() - exact).abs() <= (group.world_size - 1) * roundoff * magnitude).all()
-            same_on_all_ranks(total)
-            result = group.allreduce_rmsnorm_quant(x, None, torch.ones(512, dtype=dtype), 1e-6, emit_bf16=True)
-            assert bits(result.residual) == bits(total)
-            assert group.fused_allreduce_rmsnorm(x, None, torch.ones(512, dtype=dtype), 1e-6) is None
+    ranks(world_size).run(contract.every_op_by_every_stage, timeout=180)
 
 
 def test_the_process_group_alone(ranks: RankPool) -> None:
-    ranks(3).run(process_group_within_reason)
-
-
-def fused_or_none() -> None:
-    """None exactly where the fused kernel is not eligible, decided before anything is sent: the group goes on."""
-    x, w = torch.ones(2, 256), torch.ones(256)
-    for settings, norm, quant in [
-        (Settings(), True, True),
-        (Settings(disable_fused_ar_norm=True), False, True),
-        (Settings(disable_fused_ar_quant=True), True, False),
-        (Settings(disable_custom_ar=True), True, True),
-        (Settings(backend="torch"), False, False),
-        (Settings(disable=True), False, False),
-    ]:
-        with GroupCoordinator(settings=settings) as group:
-            assert (group.fused_allreduce_rmsnorm(x, x, w, 1e-6) is not None) == norm
-            assert (group.fused_allreduce_rmsnorm_quant_per_group(x, x, w, 1e-6) is not None) == quant
-            assert group.allreduce_rmsnorm(x, x, w, 1e-6) is not None
-            group.barrier()
+    ranks(3).run(contract.process_group_within_reason)
 
 
 def test_fused_methods_return_none_where_not_eligible(ranks: RankPool) -> None:
-    ranks(2).run(fused_or_none)
+    ranks(2).run(contract.fused_or_none)
 
 
 # ---- many calls ----
 
 
-def a_thousand_calls(seed: int, calls: int) -> None:
-    """Operations, shapes, dtypes and two groups in random order; every result is checked."""
-    rng = np.random.default_rng(seed)  # the same on every rank
-    with GroupCoordinator() as first, GroupCoordinator(settings=Settings(buffer_mb=1)) as second:
-        for call in range(calls):
-            group = (first, second)[int(rng.random() < 0.3)]
-            dtype = DTYPES[int(rng.integers(0, 3))]
-            kind = ["ordinary", "ordinary", "finite", "specials"][int(rng.integers(0, 4))]
-            most = 40000 if rng.random() < 0.05 else 600
-            match int(rng.integers(0, 8)):
-                case 0 | 1:
-                    check_all_reduce(group, call, random_shape(rng, 1, most), dtype, kind)
-                case 2 | 3:
-                    shape = random_shape(rng, 1, min(most, 8192))
-                    check_norm(group, call, shape, dtype, kind, residual=rng.random() < 0.7)
-                case 4 | 5:
-                    group_size = int(rng.choice([32, 64, 128, 256]))
-                    check_quant(
-                        group,
-                        call,
-                        random_shape(rng, group_size, min(max(most, 512), 4096)),
-                        dtype,
-                        kind,
-                        residual=rng.random() < 0.7,
-                        group_size=group_size,
-                        emit_bf16=rng.random() < 0.5,
-                        scale_layout=LAYOUTS[int(rng.integers(0, 3))],
-                    )
-                case 6:
-                    x = input_of(call, group.rank, random_shape(rng), dtype)
-                    everything = group.all_gather(x)
-                    expected = torch.cat([input_of(call, r, x.shape, dtype) for r in range(group.world_size)], -1)
-                    assert torch.equal(everything, expected)
-                case 7:
-                    src = int(rng.integers(0, group.world_size))
-                    shape = random_shape(rng)
-                    x = group.broadcast(input_of(call, group.rank, shape, dtype), src)
-                    assert torch.equal(x, input_of(call, src, shape, dtype))
-                    group.barrier()
-
-
 @pytest.mark.parametrize(("world_size", "calls"), [(3, 200), (8, 1000)])
 def test_a_thousand_calls_of_any_kind(ranks: RankPool, world_size: int, calls: int) -> None:
-    ranks(world_size).run(a_thousand_calls, world_size, calls, timeout=280)
+    ranks(world_size).run(contract.a_thousand_calls, world_size, calls, timeout=280)
 
 
 # ---- forms of calling ----
 
 
-def out_forms() -> None:
-    with GroupCoordinator() as group:
-        for dtype in DTYPES:
-            for shape in ((5, 1000), (300, 1024), (0, 8)):
-                out = torch.full(shape, torch.nan, dtype=dtype)
-                got = check_all_reduce(group, 1, shape, dtype, call=lambda x, out=out: group.all_reduce(x, out=out))
-                assert got is out
-                x = input_of(1, group.rank, shape, dtype)
-                assert group.all_reduce(x, out=x) is x  # in place
-                assert torch.equal(x, out)
-                spread = torch.full((2 * shape[0], shape[1]), 7.0, dtype=dtype)  # inside a larger tensor
-                group.all_reduce(input_of(1, group.rank, shape, dtype), out=spread[: shape[0]])
-                assert torch.equal(spread[: shape[0]], out)
-                assert (spread[shape[0] :] == 7.0).all()
-
-
 def test_out_forms(ranks: RankPool) -> None:
-    ranks(3).run(out_forms)
-
-
-def strided_inputs() -> None:
-    """Made contiguous; the result is contiguous and the input is left alone."""
-    for settings in (Settings(), Settings(disable=True, deterministic=True)):
-        with GroupCoordinator(settings=settings) as group:
-            base = [input_of(1, rank, (64, 48), torch.float32) for rank in range(group.world_size)]
-            views = [
-                lambda t: t.t(),
-                lambda t: t[::2],
-                lambda t: t[:, 16:],
-                lambda t: t[3].expand(5, 48),
-                lambda t: t.view(8, 8, 48).transpose(0, 1),
-            ]
-            for view in views:
-                parts = [view(t) for t in base]
-                x = parts[group.rank]
-                spec.assert_same(group.all_reduce(x), spec.rank_order_sum([p.contiguous() for p in parts]))
-                weight = torch.ones(2 * x.shape[-1])[::2]
-                want = spec.add_norm(spec.rank_order_sum(parts), x.contiguous(), weight, 1e-6, torch.float32)
-                got = group.allreduce_rmsnorm(x, x, weight, 1e-6)
-                spec.assert_same(got.norm, want.norm)
-                spec.assert_same(got.residual, want.residual)
-                assert torch.equal(base[group.rank], input_of(1, group.rank, (64, 48), torch.float32))
+    ranks(3).run(contract.out_forms)
 
 
 def test_inputs_that_are_not_contiguous(ranks: RankPool) -> None:
-    ranks(2).run(strided_inputs)
-
-
-def module_functions() -> None:
-    group = fusedcomm.init_distributed()
-    assert fusedcomm.get_tp_group() is group
-    x, w = input_of(1, group.rank, (4, 256), torch.bfloat16), torch.ones(256, dtype=torch.bfloat16)
-    want = group.allreduce_rmsnorm_quant(x, x, w, 1e-6, emit_bf16=True)
-    assert bits(fusedcomm.tensor_model_parallel_all_reduce(x)) == bits(group.all_reduce(x))
-    for pair in (
-        fusedcomm.allreduce_rmsnorm(x, x, w, 1e-6),
-        fusedcomm.allreduce_rmsnorm(x, x, w, 1e-6, group=group),
-        fusedcomm.tensor_model_parallel_fused_allreduce_rmsnorm(x, x, w, 1e-6),
-    ):
-        assert (bits(pair.norm), bits(pair.residual)) == (bits(want.norm), bits(want.residual))
-        norm, residual = pair  # engines unpack it
-        assert norm is pair.norm
-        assert residual is pair.residual
-    for function in (
-        fusedcomm.allreduce_rmsnorm_quant,
-        fusedcomm.tensor_model_parallel_fused_allreduce_rmsnorm_quant_per_group,
-    ):
-        got = function(x, x, w, 1e-6, emit_bf16=True)
-        assert [bits(t) for t in got[:4]] == [bits(t) for t in want[:4]]
-        assert function(x, x, w, 1e-6).norm is None
-        packed = function(x, x, w, 1e-6, group_size=64, scale_layout=ScaleLayout.UE8M0_PACKED, weight_bias=1.0)
-        assert packed.scale.dtype is torch.int32
-    with GroupCoordinator(settings=Settings(disable=True)) as other:
-        fusedcomm.allreduce_rmsnorm_quant(x, x, w, 1e-6, group=other)
-        assert other.stats() == {"allreduce_rmsnorm_quant.process_group": 1}
+    ranks(2).run(contract.strided_inputs)
 
 
 def test_functions_of_the_package(ranks: RankPool) -> None:
-    ranks(2).run(module_functions)
-
-
-def counters() -> None:
-    x, w = torch.ones(2, 256), torch.ones(256)
-    with GroupCoordinator() as group:
-        for _ in range(3):
-            group.all_reduce(x)
-        group.allreduce_rmsnorm(x, x, w, 1e-6)
-        group.fused_allreduce_rmsnorm_quant_per_group(x, x, w, 1e-6)
-        expected = {"all_reduce.custom": 3, "allreduce_rmsnorm.fused_norm": 1, "allreduce_rmsnorm_quant.fused": 1}
-        stats = group.stats()
-        assert {name: n for name, n in stats.items() if not name.startswith("algorithm.")} == expected
-        assert stats["algorithm.one_shot"] + stats["algorithm.two_shot"] == 5
-        stats["all_reduce.custom"] = 0  # a copy
-        assert group.stats()["all_reduce.custom"] == 3
-        group.reset_stats()
-        assert not [n for name, n in group.stats().items() if n and not name.startswith("algorithm.")]
+    ranks(2).run(contract.module_functions)
 
 
 def test_counters(ranks: RankPool) -> None:
-    ranks(2).run(counters)
-
-
-def explanations() -> None:
-    with GroupCoordinator(settings=Settings(disable_fused_ar_quant=True)) as group:
-        plan = group.explain("allreduce_rmsnorm_quant", (16, 4096), torch.bfloat16, group_size=128)
-        assert plan.stage == "fused_norm"
-        assert "FUSEDCOMM_DISABLE_FUSED_AR_QUANT=1" in str(plan)
-        texts = [None] * group.world_size
-        dist.all_gather_object(texts, str(plan))
-        assert len(set(texts)) == 1
-        for bad in ({"op": "sum"}, {"shape": ()}, {"unknown": 1}):
-            arguments = {"op": "all_reduce", "shape": (1, 8), "dtype": torch.float32, **bad}
-            with pytest.raises(ValueError, match=r"expected .*got"):
-                group.explain(**arguments)
-        works(group)
+    ranks(2).run(contract.counters)
 
 
 def test_explain(ranks: RankPool) -> None:
-    ranks(2).run(explanations)
+    ranks(2).run(contract.explanations)

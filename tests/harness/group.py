@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from typing import Any, Final
 
 from harness import launch as launching
 from harness.launch import CommandLaunch, ForkLaunch, Launch
-from harness.worker import Job, Outcome, join_torch
+from harness.worker import GPUS, Job, Outcome, join_torch
 
 # spawn, slurm, bare: ranks forked by the harness with torchrun's variables, srun's variables, none.
 LAUNCHERS: Final = ("torchrun", "mpiexec", "spawn", "slurm", "bare")
@@ -81,7 +82,8 @@ class RankGroup:
     """A running job of `world_size` ranks that runs bodies, one after another; a failed body ends it.
 
     env holds for all ranks, rank_env[r] for rank r alone. With join, torch.distributed is initialised (gloo)
-    before the first body and the TP group is closed after each, as a pool of many tests needs it.
+    before the first body and the TP group is closed after each, as a pool of many tests needs it. With gpus, rank r
+    works on GPU r % gpus (harness.device()); without, on the CPU.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class RankGroup:
         env: Mapping[str, str] | None = None,
         rank_env: Sequence[Mapping[str, str]] | None = None,
         join: bool = False,
+        gpus: int | None = None,
     ) -> None:
         if launcher not in LAUNCHERS:
             raise ValueError(f"launcher: expected one of {', '.join(LAUNCHERS)}, got {launcher!r}")
@@ -99,6 +102,7 @@ class RankGroup:
             raise ValueError(f"rank_env: expected {world_size} mappings, got {len(rank_env)}")
         self.world_size = world_size
         self.launcher = launcher
+        self.gpus = gpus
         self.broken = False
         self._join = join
         self._dead: set[int] = set()
@@ -106,7 +110,8 @@ class RankGroup:
         self._launch: Launch | None = None
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         try:
-            self._start(dict(env or {}), [dict(own) for own in rank_env or [{}] * world_size])
+            own = {} if gpus is None else {GPUS: str(gpus)}
+            self._start({**(env or {}), **own}, [dict(own) for own in rank_env or [{}] * world_size])
             if join:
                 self.run(join_torch, timeout=START_TIMEOUT_S)
         except BaseException:
@@ -158,7 +163,11 @@ class RankGroup:
         job = _job(body, args, leave_groups=self._join)
         for rank in self._ranks:
             rank.send(job)
-        outcomes = self._collect(timeout, expect_dead)
+        try:
+            outcomes = self._collect(timeout, expect_dead)
+        except BaseException:  # Ctrl-C, or a timeout of the whole test: ranks that are still busy serve no other body
+            self._end()
+            raise
         stories = [
             (rank, story)
             for rank in self._ranks
@@ -247,7 +256,8 @@ class RankGroup:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _name(self) -> str:
-        return f"{self.world_size} ranks under {self.launcher}"
+        where = "" if self.gpus is None else f" on {self.gpus} GPU{'s' * (self.gpus > 1)}"
+        return f"{self.world_size} ranks{where} under {self.launcher}"
 
     def _launcher_log(self) -> str:
         text = _tail(self._folder / "launcher.log")
@@ -270,24 +280,43 @@ class RankGroup:
             self._end()
 
 
+_Key = tuple[int, frozenset[tuple[str, str]], "int | None"]
+
+
 class RankPool:
-    """Standing torchrun jobs, one for each world size and env; a job that a body broke is started anew."""
+    """Standing torchrun jobs, one for each world size, env and number of GPUs; one that a body broke starts anew."""
 
     def __init__(self) -> None:
-        self._groups: dict[tuple[int, frozenset[tuple[str, str]]], RankGroup] = {}
+        self._groups: dict[_Key, RankGroup] = {}
+        self._starting: dict[_Key, Future[RankGroup]] = {}
 
-    def __call__(self, world_size: int, env: Mapping[str, str] | None = None) -> RankGroup:
+    def __call__(self, world_size: int, env: Mapping[str, str] | None = None, gpus: int | None = None) -> RankGroup:
         """The standing job of this size; torch.distributed is initialised in it and stays so."""
         __tracebackhide__ = True
-        key = (world_size, frozenset((env or {}).items()))
+        key = (world_size, frozenset((env or {}).items()), gpus)
+        starting = self._starting.pop(key, None)
+        if starting is not None:
+            self._groups[key] = starting.result()
         group = self._groups.get(key)
         if group is None or group.broken:
-            group = self._groups[key] = RankGroup(world_size, env=env, join=True)
+            group = self._groups[key] = RankGroup(world_size, env=env, gpus=gpus, join=True)
         return group
+
+    def start(self, jobs: Collection[tuple[int, Mapping[str, str] | None, int | None]]) -> None:
+        """Begins to start the jobs (world size, env, GPUs), all at once; the first call for one waits for it."""
+        executor = ThreadPoolExecutor(max(len(jobs), 1))
+        for world_size, env, gpus in jobs:
+            key = (world_size, frozenset((env or {}).items()), gpus)
+            if key not in self._groups and key not in self._starting:
+                self._starting[key] = executor.submit(RankGroup, world_size, env=env, gpus=gpus, join=True)
+        executor.shutdown(wait=False)
 
     def close(self) -> None:
         """Ends all jobs; raises RankFailure when a rank crashed on its way out."""
         with contextlib.ExitStack() as stack:
+            for key, starting in self._starting.items():
+                with contextlib.suppress(RankFailure):  # no test asked for it
+                    self._groups[key] = starting.result()
             for group in self._groups.values():
                 stack.callback(group.close)
 
@@ -301,6 +330,7 @@ def run_ranks(
     rank_env: Sequence[Mapping[str, str]] | None = None,
     timeout: float = 60.0,
     expect_dead: Collection[int] = (),
+    gpus: int | None = None,
 ) -> list[Any]:
     """Runs body(*args) on every rank of a job started for it alone, and returns the results in rank order.
 
@@ -309,7 +339,7 @@ def run_ranks(
     also for a crash while exiting.
     """
     __tracebackhide__ = True
-    with RankGroup(world_size, launcher=launcher, env=env, rank_env=rank_env) as group:
+    with RankGroup(world_size, launcher=launcher, env=env, rank_env=rank_env, gpus=gpus) as group:
         return group.run(body, *args, timeout=timeout, expect_dead=expect_dead)
 
 

@@ -16,9 +16,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ADDRESS = "RANK_HARNESS_ADDRESS"
+# How many GPUs the ranks of the job share, in a rank's environment; absent: they work on CPU.
+GPUS = "RANK_HARNESS_GPUS"
 # Where launchers state a process's rank: torchrun, Hydra (MPICH), Open MPI.
 RANK_VARIABLES = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
@@ -42,11 +47,29 @@ class Outcome:
     error: str | None = None
 
 
+def device() -> torch.device:
+    """Where this rank's tensors live: the CPU, or in a job that was given GPUs rank r's r-th one, round and round."""
+    import torch
+
+    gpus = os.environ.get(GPUS)
+    if gpus is None:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % int(gpus))
+
+
 def join_torch() -> None:
     """Body that initialises torch.distributed once for a pooled job."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
+
+
+def synchronize() -> None:
+    """Waits for the rank's GPU, if it has one: what failed there is the failure of the body that started it."""
+    if GPUS in os.environ:
+        import torch
+
+        torch.cuda.synchronize(device())
 
 
 def _load(path: str, name: str) -> ModuleType:
@@ -80,7 +103,12 @@ def _describe(error: BaseException) -> str:
 def _run(job: Job) -> Outcome:
     try:
         function = getattr(_load(job.path, job.module), job.function)
+        if GPUS in os.environ:
+            import torch
+
+            torch.cuda.set_device(device())
         value = function(*pickle.loads(job.args))
+        synchronize()
         fusedcomm = sys.modules.get("fusedcomm")
         if job.leave_groups and fusedcomm is not None:
             fusedcomm.destroy_distributed()
