@@ -6,9 +6,12 @@ sm_80 sm_90 sm_100   nvcc and ptxas    -> OUT/TARGET/NAME.ptx, NAME.cubin, NAME.
 gfx942 gfx950        clang 22, lld 22  -> OUT/TARGET/NAME.s, NAME.co; the host half is checked as well
                      and the HIP headers and device bitcode of the triton wheel
 
-Exit code 3, with the reason, when the tools for a target asked for (or for any) are missing.
+A target that is up to date is left alone. Exit code 3, with the reason, when the tools for a target asked for (or for
+all) are missing.
 """
 
+import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -120,6 +123,50 @@ def check_amd_host(source: Path, tree: Path) -> None:
     run(CLANG, *HIP_FLAGS, *WARNINGS, *INCLUDES, *host, source)
 
 
+def fingerprint(target: str) -> str:
+    """Hash of everything that the outputs come from."""
+    digest = hashlib.sha256()
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".h")]
+    for path in sorted([*sources, Path(__file__)]):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    tool = "nvcc" if target in NVIDIA else CLANG
+    digest.update(subprocess.run([tool, "--version"], capture_output=True, check=True).stdout)
+    digest.update(str(amd_files()).encode())
+    return digest.hexdigest()
+
+
+def compile_target(target: str, out: Path) -> int:
+    """Compiles what is not up to date; returns the number of sources that failed."""
+    folder = out / target
+    stamp, wanted = folder / "stamp", fingerprint(target)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        print(f"{target}: up to date", file=sys.stderr)
+        return 0
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tree = folder / "rocm"
+    if target in AMD:
+        make_rocm_tree(tree)
+    failures = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {}
+        for source in sorted((ROOT / "csrc/gpu").glob("*.cu")):
+            if target in NVIDIA:
+                jobs[pool.submit(compile_nvidia, source, target, folder)] = source.name
+            else:
+                jobs[pool.submit(compile_amd, source, target, folder, tree)] = source.name
+                jobs[pool.submit(check_amd_host, source, tree)] = f"{source.name}, host half"
+        for job, what in jobs.items():
+            error = job.exception()
+            failures += error is not None
+            print(f"{target}: {what}: {'failed' if error else 'ok'}", file=sys.stderr)
+            if error:
+                print(error, file=sys.stderr)
+    if not failures:
+        stamp.write_text(wanted)
+    return failures
+
+
 def main(arguments: list[str]) -> int:
     """See the head of the file."""
     if not arguments or not set(arguments[1:]) <= {*NVIDIA, *AMD}:
@@ -133,34 +180,12 @@ def main(arguments: list[str]) -> int:
     targets = [target for target in targets if target not in missing]
     if not targets or (wanted and missing):
         return NO_TOOLS
-
-    sources = sorted((ROOT / "csrc/gpu").glob("*.cu"))
-    tree = out / "rocm"
-    shutil.rmtree(tree, ignore_errors=True)
-    if set(targets) & set(AMD):
-        make_rocm_tree(tree)
+    out.mkdir(parents=True, exist_ok=True)
     failures = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = {}
-        for target in targets:
-            folder = out / target
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            for source in sources:
-                if target in NVIDIA:
-                    job = pool.submit(compile_nvidia, source, target, folder)
-                else:
-                    job = pool.submit(compile_amd, source, target, folder, tree)
-                jobs[job] = f"{source.name} for {target}"
-        if set(targets) & set(AMD):
-            for source in sources:
-                jobs[pool.submit(check_amd_host, source, tree)] = f"{source.name} for HIP's host"
-        for job, what in jobs.items():
-            error = job.exception()
-            failures += error is not None
-            print(f"{what}: {'failed' if error else 'ok'}", file=sys.stderr)
-            if error:
-                print(error, file=sys.stderr)
+    for target in targets:
+        with (out / f"{target}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # tests side by side want the same outputs
+            failures += compile_target(target, out)
     return 1 if failures else 0
 
 
