@@ -11,6 +11,8 @@ from fusedcomm.errors import SettingError
 
 PREFIX = "FUSEDCOMM_"
 BACKENDS = ("native", "aiter", "triton", "torch")
+DEFAULT_BUFFER_MB = {"cpu": 2, "cuda": 64}
+"""MiB of a rank's slab by type of device (HIP's is "cuda" too), where FUSEDCOMM_BUFFER_MB is not set."""
 
 
 class SettingInfo(NamedTuple):
@@ -41,7 +43,7 @@ _SECONDS = _Kind(
 _MEBIBYTES = _Kind(
     "a whole number of MiB between 1 and 16384",
     int,
-    lambda value: isinstance(value, int) and 1 <= value <= 16384,
+    lambda value: value is None or (isinstance(value, int) and 1 <= value <= 16384),
 )
 _TEXT = _Kind("text", str, lambda value: value is None or isinstance(value, str))
 
@@ -68,7 +70,7 @@ class Settings:
     deterministic: bool = _setting(False, _SWITCH, "1: only paths whose sums are in rank order")
     timeout_s: float = _setting(60.0, _SECONDS, "deadline of every wait, in seconds")
     debug: bool = _setting(False, _SWITCH, "1: ranks compare every call before making it")
-    buffer_mb: int = _setting(2, _MEBIBYTES, "size of the slab of a rank, in MiB")
+    buffer_mb: int | None = _setting(None, _MEBIBYTES, "size of the slab of a rank, in MiB; unset: 2 on CPU, 64 on GPU")
     host_id: str | None = _setting(None, _TEXT, "take this for the identity of the host (tests of several hosts)")
 
     def __post_init__(self) -> None:
@@ -98,6 +100,10 @@ class Settings:
             if not kind.is_valid(values[f.name]):
                 raise _not_allowed(f, text)
         return cls(**values)
+
+    def buffer_mb_on(self, device_type: str) -> int:
+        """The size of a slab in MiB: the setting, else the default of the type of device."""
+        return DEFAULT_BUFFER_MB[device_type] if self.buffer_mb is None else self.buffer_mb
 
     def describe(self, environ: Mapping[str, str] | None = None) -> list[SettingInfo]:
         """Every setting with its value, default, where the value came from, and what it means."""

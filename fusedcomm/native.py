@@ -1,4 +1,4 @@
-"""The compiled library: loading it, its control interface, and the fakes of its operators."""
+"""The compiled libraries: loading them, their control interfaces, and the fakes of the operators."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import torch
 
 LIBRARY_NAME = "libfusedcomm_native.so"
+GPU_LIBRARY_NAME = "libfusedcomm_gpu.so"
+ERROR_BYTES = 256
+"""Room for the text of a failure, wherever a function of the GPU library takes ``error``."""
 
 
 class CommConfig(ctypes.Structure):
@@ -33,6 +36,43 @@ class CommConfig(ctypes.Structure):
     ]
 
 
+class GpuConfig(ctypes.Structure):
+    """``FusedcommGpuConfig`` of csrc/bind/gpu_control.cpp; sizes in bytes, times in nanoseconds."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "rank",
+            "world_size",
+            "device",
+            "slab_bytes",
+            "buffer_bytes",
+            "one_shot_max_bytes",
+            "timeout_ns",
+        )
+    ]
+
+
+class GpuDeviceFacts(ctypes.Structure):
+    """What the GPU library says of a device."""
+
+    _fields_ = [
+        ("uuid", ctypes.c_uint8 * 16),
+        ("major", ctypes.c_int32),
+        ("minor", ctypes.c_int32),
+        ("num_sms", ctypes.c_int32),
+        ("warp_size", ctypes.c_int32),
+        ("arch", ctypes.c_char * 32),
+        ("name", ctypes.c_char * 64),
+    ]
+
+
+class GpuTraceRecord(ctypes.Structure):
+    """One call as the device saw it."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("op_number", "op", "algorithm", "dtype", "rows", "hidden")]
+
+
 # name: (result, arguments) of the C functions in csrc/bind/control.cpp
 _CONTROL: dict[str, tuple[Any, list[Any]]] = {
     "build_id": (ctypes.c_char_p, []),
@@ -53,19 +93,49 @@ _CONTROL: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
-class Native:
-    """The loaded library: ``ops`` are its torch operators, the other attributes its control functions."""
+# the same of the GPU library, csrc/bind/gpu_control.cpp
+_GPU_CONTROL: dict[str, tuple[Any, list[Any]]] = {
+    "build_id": (ctypes.c_char_p, []),
+    "device_facts": (ctypes.c_int32, [ctypes.c_int32, ctypes.POINTER(GpuDeviceFacts), ctypes.c_char_p]),
+    "peer_access": (ctypes.c_int32, [ctypes.c_int32, ctypes.c_char_p]),
+    "slab_bytes": (ctypes.c_int64, [ctypes.c_int32, ctypes.c_int64]),
+    "slab_allocate": (ctypes.c_int64, [ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p, ctypes.c_char_p]),
+    "slab_open": (ctypes.c_int64, [ctypes.c_int32, ctypes.c_char_p, ctypes.c_char_p]),
+    "slab_close": (None, [ctypes.c_int32, ctypes.c_int64]),
+    "slab_free": (None, [ctypes.c_int32, ctypes.c_int64]),
+    "comm_create": (
+        ctypes.c_int64,
+        [
+            ctypes.POINTER(GpuConfig),
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.POINTER(ctypes.c_int64),
+            ctypes.POINTER(ctypes.c_int32),
+            ctypes.c_char_p,
+        ],
+    ),
+    "comm_close": (None, [ctypes.c_int64]),
+    "comm_destroy": (None, [ctypes.c_int64]),
+    "comm_in_call": (ctypes.c_int32, [ctypes.c_int64]),
+    "comm_failure": (ctypes.c_int32, [ctypes.c_int64]),
+    "comm_failure_text": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int32]),
+    "comm_fail": (None, [ctypes.c_int64, ctypes.c_char_p]),
+    "comm_counts": (None, [ctypes.c_int64, ctypes.POINTER(ctypes.c_uint64)]),
+    "comm_trace": (ctypes.c_int32, [ctypes.c_int64, ctypes.POINTER(GpuTraceRecord), ctypes.c_int32]),
+}
 
-    def __init__(self, path: Path) -> None:
+
+class NativeLibrary:
+    """A loaded library: ``operator`` gives its torch operators, the attributes are its control functions."""
+
+    def __init__(self, path: Path, prefix: str, control: dict[str, tuple[Any, list[Any]]]) -> None:
         torch.ops.load_library(str(path))
         self.path = path
         self.ops = torch.ops.fusedcomm
         library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _CONTROL.items():
-            function = getattr(library, f"fusedcomm_{name}")
+        for name, (result, arguments) in control.items():
+            function = getattr(library, f"{prefix}{name}")
             function.restype, function.argtypes = result, arguments
-            setattr(self, name, function)
-        _register_fakes()
+            setattr(self, f"_{name}" if hasattr(type(self), name) else name, function)
 
     def operator(self, name: str) -> Callable[..., Any]:
         """The torch operator of this name, for the hot path: without the Python frame of OpOverload.__call__."""
@@ -77,13 +147,40 @@ class Native:
         raise AttributeError(f"the native library has no function {name!r}")
 
 
-def library_path() -> Path | None:
-    """Where the compiled library lies, or None if the package was installed without it."""
+class Native(NativeLibrary):
+    """The library for CPUs, which also declares the operators that both libraries implement."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "fusedcomm_", _CONTROL)
+        _register_fakes()
+
+
+class NativeGpu(NativeLibrary):
+    """The library for GPUs: the same operators for CUDA (or HIP) tensors, and device memory that ranks share."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "fusedcomm_gpu_", _GPU_CONTROL)
+
+    def device_facts(self, index: int) -> GpuDeviceFacts:
+        """The facts of device ``index``; OSError if it cannot be used."""
+        facts, error = GpuDeviceFacts(), ctypes.create_string_buffer(ERROR_BYTES)
+        if self._device_facts(index, ctypes.byref(facts), error):
+            raise OSError(f"GPU {index}: {error_text(error)}")
+        return facts
+
+
+def error_text(error: ctypes.Array[ctypes.c_char]) -> str:
+    """What a function of the GPU library wrote."""
+    return error.value.decode(errors="replace") or "no reason given"
+
+
+def library_path(name: str = LIBRARY_NAME) -> Path | None:
+    """Where a compiled library lies, or None if the package was installed without it."""
     import fusedcomm
 
     # an editable install has two folders: the sources and what was built from them
     for folder in fusedcomm.__path__:
-        path = Path(folder) / LIBRARY_NAME
+        path = Path(folder) / name
         if path.exists():
             return path
     return None
@@ -98,6 +195,24 @@ def load() -> Native | None:
     """
     path = library_path()
     return None if path is None else Native(path)
+
+
+@functools.cache
+def load_gpu() -> NativeGpu | None:
+    """Loads the GPU library at the first call; None if it is not there, or torch sees no GPU.
+
+    Raises:
+        OSError: the library is there and cannot be loaded, or is of another build than the CPU's.
+    """
+    path = library_path(GPU_LIBRARY_NAME)
+    declared = None if path is None else load()  # the operators that it implements
+    if path is None or declared is None or not torch.cuda.is_available():
+        return None
+    library = NativeGpu(path)
+    builds = [bytes(one.build_id()).decode() for one in (library, declared)]
+    if builds[0] != builds[1]:
+        raise OSError(f"{path} is build {builds[0]}, {declared.path.name} beside it {builds[1]}")
+    return library
 
 
 def _register_fakes() -> None:

@@ -22,7 +22,7 @@ DEFAULTS = {
     **dict.fromkeys(SWITCHES, False),
     "BACKEND": None,
     "TIMEOUT_S": 60.0,
-    "BUFFER_MB": 2,
+    "BUFFER_MB": None,
 }
 
 
@@ -85,6 +85,11 @@ def test_a_malformed_timeout_is_refused(text: str) -> None:
 @pytest.mark.parametrize(("text", "size"), [("1", 1), ("16", 16), ("64", 64), ("16384", 16384)])
 def test_buffer_sizes(text: str, size: int) -> None:
     assert read(BUFFER_MB=text).buffer_mb == size
+
+
+def test_the_default_buffer_size_is_that_of_the_device() -> None:
+    assert [Settings().buffer_mb_on(kind) for kind in ("cpu", "cuda")] == [2, 64]
+    assert [read(BUFFER_MB="5").buffer_mb_on(kind) for kind in ("cpu", "cuda")] == [5, 5]
 
 
 @pytest.mark.parametrize("text", ["0", "-16", "16.5", "16MB", "16385", "99999999999999999999", "0x10"])

@@ -135,7 +135,7 @@ def _version(package: str) -> str:
 
 
 def _slab_bytes(settings: Settings) -> int:
-    slot = slot_bytes(settings.buffer_mb)
+    slot = slot_bytes(settings.buffer_mb_on("cpu"))
     library = native.load() if native.library_path() is not None else None
     return 2 * slot if library is None else int(library.segment_bytes(slot))
 
