@@ -1,4 +1,4 @@
-"""Sizes and waiting times of the shared-memory collectives, as measured (docs/tuning.md says how and where)."""
+"""Sizes and waiting times of the custom collectives, as measured (docs/tuning.md says how and where)."""
 
 from __future__ import annotations
 
@@ -48,3 +48,24 @@ def choose_tuning(world_size: int, cores: int, slot: int) -> Tuning:
         spins=0 if busy else 2000,
         yield_ns=0 if busy else 50_000,
     )
+
+
+@dataclass(frozen=True)
+class GpuTuning:
+    """Bytes; the same on all ranks, because it follows from facts that they share."""
+
+    one_shot_max_bytes: int
+    """Up to here every rank pushes its input to all and sums for itself; above, ranks own rows (two-shot)."""
+
+
+_GPU_TUNING: dict[tuple[str, int], GpuTuning] = {}
+"""What was measured: by architecture and world size."""
+
+
+def choose_gpu_tuning(arch: str, world_size: int) -> GpuTuning:
+    """The tuning for ``world_size`` GPUs of one architecture; where none was measured, what the traffic suggests.
+
+    One-shot moves (W - 1) * S bytes a rank in one hop, two-shot 2 * (W - 1) / W * S in two.
+    """
+    default = GpuTuning((512 if world_size <= 4 else 256) * KIB)
+    return _GPU_TUNING.get((arch, world_size), default)
