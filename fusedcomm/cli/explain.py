@@ -21,19 +21,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", type=parse_shape, required=True, metavar="T,H", help="of each rank's x: 16,4096 or 16x4096")
     add("--dtype", default="bf16", metavar="DTYPE", help="of x: bf16 (default), fp16, fp32, or torch's names")
     add("--tp", type=int, required=True, metavar="N", help="ranks of the group")
+    add("--device", choices=("cpu", "cuda"), help="where the ranks' tensors live (default: a GPU if there is one)")
     add("--group-size", type=int, default=128, metavar="G", help="of the quantisation (default 128)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code; prints the plan."""
     dtype = parse_dtype(arguments.dtype)
-    plan = explain(arguments.op, arguments.shape, dtype, arguments.tp, group_size=arguments.group_size)
+    plan = explain(
+        arguments.op,
+        arguments.shape,
+        dtype,
+        arguments.tp,
+        group_size=arguments.group_size,
+        device=arguments.device,
+    )
     print(plan)
     return 0
 
 
-def explain(op: str, shape: tuple[int, ...], dtype: torch.dtype, tp: int, *, group_size: int = 128) -> Plan:
+def explain(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, tp: int, *, group_size: int = 128, device: str | None = None
+) -> Plan:
     """The plan that a group of ``tp`` ranks, all like this process, would follow.
+
+    On GPUs it takes for granted that they have access to each other's memory.
 
     Raises:
         ValueError: an argument that the collective would refuse; a malformed setting.
@@ -42,12 +54,12 @@ def explain(op: str, shape: tuple[int, ...], dtype: torch.dtype, tp: int, *, gro
 
     from fusedcomm import native
     from fusedcomm.comm.plan import Facts, choose_plan
-    from fusedcomm.comm.tuning import choose_tuning, slot_bytes
     from fusedcomm.env import Settings
-    from fusedcomm.groups.coordinator import MAX_CUSTOM_WORLD_SIZE
+    from fusedcomm.groups.custom_setup import choose_sizes, gpu_facts
+    from fusedcomm.groups.device import choose_device
     from fusedcomm.groups.topology import Hello, agree
     from fusedcomm.ops.checks import check_group_size, check_norm, check_x
-    from fusedcomm.ops.dispatch import choose_local_backend
+    from fusedcomm.ops.dispatch import find_local_backend
 
     if tp < 1:
         raise ValueError(f"--tp: expected at least 1, got {tp}")
@@ -57,14 +69,13 @@ def explain(op: str, shape: tuple[int, ...], dtype: torch.dtype, tp: int, *, gro
         check_norm(x, None, torch.empty(shape[-1:], dtype=dtype, device="meta"), eps=0.0, weight_bias=0.0)
     if op == "allreduce_rmsnorm_quant":
         check_group_size(shape[-1], group_size)
+    where = choose_device(device, 0)
     settings = Settings.from_environ()
     library = native.load()
-    choose_local_backend(settings, "cpu", native_available=library is not None)
-    agreement = agree([Hello.of_this_rank(settings, None if library is None else library.build_id())] * tp)
-    unavailable = agreement.custom_unavailable
-    if tp > MAX_CUSTOM_WORLD_SIZE:
-        unavailable = f"the kernels serve up to {MAX_CUSTOM_WORLD_SIZE} ranks, got {tp}"
-    slot = slot_bytes(settings.buffer_mb)
+    find_local_backend(settings, where.type)
+    gpu = gpu_facts(where, native.load_gpu()) if where.type == "cuda" else None
+    agreement = agree([Hello.of_this_rank(settings, None if library is None else library.build_id(), gpu=gpu)] * tp)
+    sizes = choose_sizes(agreement, where.type)
     return choose_plan(
         Facts(
             op=op,
@@ -72,11 +83,12 @@ def explain(op: str, shape: tuple[int, ...], dtype: torch.dtype, tp: int, *, gro
             hidden_size=shape[-1],
             dtype=dtype,
             world_size=tp,
-            settings=settings,
-            custom_unavailable=unavailable,
-            slot_bytes=slot,
-            one_shot_max_bytes=choose_tuning(tp, agreement.cores, slot).one_shot_max_bytes,
+            settings=agreement.settings,
+            custom_unavailable=agreement.custom_unavailable,
+            slot_bytes=sizes.slot_bytes,
+            one_shot_max_bytes=sizes.one_shot_max_bytes,
             group_size=group_size,
+            device_type=where.type,
         )
     )
 

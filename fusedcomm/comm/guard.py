@@ -19,9 +19,11 @@ class CallGuard:
     compare_calls = False
     """Whether ranks compare every call before they make it (``FUSEDCOMM_DEBUG=1``)."""
 
-    def __init__(self, exchange: Exchange, rank: int = 0) -> None:
+    def __init__(self, exchange: Exchange, rank: int = 0, is_capturing: Callable[[], bool] = lambda: False) -> None:
+        """``is_capturing``: whether calls go into a graph now; those are not compared."""
         self._exchange = exchange
         self._rank = rank
+        self._is_capturing = is_capturing
         self._op = ""
         self.lock = threading.Lock()
         self._refusal: Callable[[], Exception] | None = None
@@ -32,7 +34,7 @@ class CallGuard:
         if not self.lock.acquire(blocking=False):
             raise RuntimeError(f"{op}: the group is in use by another thread; it serves one thread at a time")
         self._op = op
-        if self.compare_calls:
+        if self.compare_calls and not self._is_capturing():
             try:
                 self._compare_calls(op, x, option)
             except BaseException as error:

@@ -1,6 +1,6 @@
 """The collectives that any part of an engine needs: gather, scatter, broadcast, barrier.
 
-Through shared memory where the group has it, else through the process group.
+Through shared memory where the group has it (on CPU), else through the process group.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch.distributed as dist
 from fusedcomm.comm import process_group
 from fusedcomm.comm.custom import CustomAllReduce
 from fusedcomm.comm.guard import CallGuard
+from fusedcomm.comm.native_collectives import NativeCollectives
 from fusedcomm.env import Settings
-from fusedcomm.ops.checks import check_cpu, check_x
+from fusedcomm.ops.checks import check_device, check_x
 
 _Result = TypeVar("_Result")
 
@@ -23,11 +24,14 @@ _Result = TypeVar("_Result")
 class DataMovement:
     """Base of StagedCollectives; GroupCoordinator, which derives from both, owns what they use."""
 
+    device: torch.device
+    """Where the group's tensors live."""
     _rank: int
     _world_size: int
     _guard: CallGuard
-    _custom: CustomAllReduce | None
+    _custom: NativeCollectives | None
     _group: dist.ProcessGroup | None
+    _control: dist.ProcessGroup | None
     _settings: Settings
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -35,7 +39,7 @@ class DataMovement:
 
         Any dtype. Raises as all_reduce does.
         """
-        dim = _check_dim(x, dim)
+        dim = _check_dim(x, dim, self.device)
         x = x.detach().contiguous()
         out = x.new_empty(self._world_size, *x.shape)
         moves = self._moving()
@@ -54,16 +58,15 @@ class DataMovement:
         The same arithmetic as all_reduce. Raises as it does.
         """
         check_x(x)
-        dim = _check_dim(x, dim)
+        dim = _check_dim(x, dim, self.device)
         if x.shape[dim] % self._world_size:
             raise ValueError(f"x: expected a size along dim {dim} divisible by {self._world_size}, got {x.shape[dim]}")
         parts = x.detach().unflatten(dim, (self._world_size, -1)).movedim(dim, 0).contiguous()
         out = torch.empty_like(parts[0])
-        moves = self._moving()
         if self._group is None:
             self._run("reduce_scatter", x, dim, lambda: torch.add(parts[0], 0.0, out=out))
-        elif moves is not None:
-            self._run("reduce_scatter", x, dim, moves.reduce_scatter, parts, out)
+        elif self._custom is not None and not self._settings.disable_custom_ar:
+            self._run("reduce_scatter", x, dim, self._custom.reduce_scatter, parts, out)
         else:
             group, deterministic = self._group, self._settings.deterministic
             self._run(
@@ -79,7 +82,7 @@ class DataMovement:
 
         Raises as all_reduce does.
         """
-        _check_dim(x, 0)
+        _check_dim(x, 0, self.device)
         if not 0 <= src < self._world_size:
             raise ValueError(f"src: expected a rank between 0 and {self._world_size - 1}, got {src}")
         if not x.is_contiguous():
@@ -94,18 +97,19 @@ class DataMovement:
         return x
 
     def barrier(self) -> None:
-        """Returns when all ranks have called it. Raises as all_reduce does."""
+        """Returns when all ranks have called it; it waits for no device. Raises as all_reduce does."""
         moves = self._moving()
-        if self._group is None:
+        if self._control is None:
             self._run("barrier", None, None, lambda: None)
         elif moves is not None:
             self._run("barrier", None, None, moves.barrier)
         else:
-            self._run("barrier", None, None, process_group.barrier, self._group)
+            self._run("barrier", None, None, process_group.barrier, self._control)
 
     def _moving(self) -> CustomAllReduce | None:
         """What moves data that is not summed through shared memory, or None."""
-        return None if self._settings.disable_custom_ar else self._custom
+        usable = isinstance(self._custom, CustomAllReduce) and not self._settings.disable_custom_ar
+        return self._custom if usable else None  # type: ignore[return-value]
 
     def _run(
         self,
@@ -130,10 +134,10 @@ class DataMovement:
             self._custom.give_up(error)
 
 
-def _check_dim(x: torch.Tensor, dim: int) -> int:
+def _check_dim(x: torch.Tensor, dim: int, device: torch.device) -> int:
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    check_cpu(x)
+    check_device(x, device)
     if x.dim() == 0:
         raise ValueError("x: expected at least one dimension, got a scalar")
     if not -x.dim() <= dim < x.dim():

@@ -14,6 +14,9 @@ import torch
 from fusedcomm.env import Settings
 from fusedcomm.ops.types import ScaleLayout
 
+FUSED_HIDDEN_ON_GPU = range(8, 16384 + 1, 8)
+"""The last dimensions that the fused GPU kernels take; the bare sum takes any."""
+
 OPS = ("all_reduce", "allreduce_rmsnorm", "allreduce_rmsnorm_quant")
 
 
@@ -56,6 +59,7 @@ class Facts:
     one_shot_max_bytes: int = 0
     group_size: int = 128
     scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+    device_type: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,18 @@ def _why_not(stage: Stage, facts: Facts) -> str:
     }[stage]
     if getattr(settings, switch):
         return f"FUSEDCOMM_{switch.upper()}=1"
-    if settings.backend == "torch":
-        return "FUSEDCOMM_BACKEND=torch"
+    if settings.backend not in (None, "native"):
+        return f"FUSEDCOMM_BACKEND={settings.backend}"
     if facts.custom_unavailable:
         return facts.custom_unavailable
+    if facts.world_size == 1 or facts.op == "all_reduce" or stage is Stage.CUSTOM:
+        return ""
+    if facts.device_type == "cuda":
+        if facts.hidden_size in FUSED_HIDDEN_ON_GPU:
+            return ""
+        most = FUSED_HIDDEN_ON_GPU[-1]
+        return f"the GPU kernels take a last dimension divisible by 8, up to {most}, got {facts.hidden_size}"
     row_bytes = facts.hidden_size * facts.dtype.itemsize
-    if facts.world_size > 1 and facts.op != "all_reduce" and stage is not Stage.CUSTOM and row_bytes > facts.slot_bytes:
+    if row_bytes > facts.slot_bytes:
         return f"a row of {row_bytes} bytes does not fit a slot of {facts.slot_bytes} (FUSEDCOMM_BUFFER_MB)"
     return ""

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from fusedcomm.comm import process_group
-from fusedcomm.comm.custom import CustomAllReduce
 from fusedcomm.comm.local import LocalOps
 from fusedcomm.comm.movement import DataMovement
-from fusedcomm.comm.plan import STAGES_OF, Facts, Plan, Stage, choose_plan
+from fusedcomm.comm.native_collectives import NativeCollectives
+from fusedcomm.comm.plan import FUSED_HIDDEN_ON_GPU, STAGES_OF, Facts, Plan, Stage, choose_plan
 from fusedcomm.ops.checks import (
     GROUP_SIZES,
     MAX_NORM_HIDDEN,
-    check_cpu,
+    check_device,
     check_group_size,
     check_norm,
     check_out,
@@ -41,9 +41,11 @@ class StagedCollectives(DataMovement):
 
     def __init__(self) -> None:
         self._plans: dict[tuple[object, ...], Plan] = {}
-        self._direct_sum: CustomAllReduce | None = None
-        self._direct_norm: CustomAllReduce | None = None
-        self._direct_quant: CustomAllReduce | None = None
+        self._direct_sum: NativeCollectives | None = None
+        self._direct_norm: NativeCollectives | None = None
+        self._direct_quant: NativeCollectives | None = None
+        # On GPUs: the last dimensions for which norms go straight to the kernels. None: any.
+        self._direct_hidden: range | None = None
         self._stats: Counter[str] = Counter()
 
     # ---- sums ----
@@ -67,11 +69,11 @@ class StagedCollectives(DataMovement):
                 return result
             except BaseException as error:
                 self._fail(error)
-                _check_sum(x, out)
+                _check_sum(x, out, self.device)
                 raise
             finally:
                 self._guard.lock.release()
-        _check_sum(x, out)
+        _check_sum(x, out, self.device)
         plan = self._plan("all_reduce", x)
         result = self._run("all_reduce", x, None, self._sum, plan.stage, x, out)
         self._stats[plan.counter] += 1
@@ -106,18 +108,19 @@ class StagedCollectives(DataMovement):
             GroupBrokenError: as for all_reduce.
         """
         direct = self._direct_norm
-        if direct is not None and self._guard.lock.acquire(False):
+        hidden = self._direct_hidden
+        if direct is not None and (hidden is None or _last_size(x) in hidden) and self._guard.lock.acquire(False):
             try:
                 result = direct.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
                 self._stats["allreduce_rmsnorm.fused_norm"] += 1
                 return result
             except BaseException as error:
                 self._fail(error)
-                _check_norm(x, residual, weight, eps, weight_bias)
+                _check_norm(x, residual, weight, eps, weight_bias, self.device)
                 raise
             finally:
                 self._guard.lock.release()
-        _check_norm(x, residual, weight, eps, weight_bias)
+        _check_norm(x, residual, weight, eps, weight_bias, self.device)
         plan = self._plan("allreduce_rmsnorm", x)
         if plan.stage is not Stage.FUSED_NORM:
             self._guard.check()
@@ -151,7 +154,8 @@ class StagedCollectives(DataMovement):
             GroupBrokenError: as for all_reduce.
         """
         direct = self._direct_quant
-        if direct is not None and self._guard.lock.acquire(False):
+        hidden = self._direct_hidden
+        if direct is not None and (hidden is None or _last_size(x) in hidden) and self._guard.lock.acquire(False):
             try:
                 result = direct.allreduce_rmsnorm_quant(
                     x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
@@ -160,11 +164,11 @@ class StagedCollectives(DataMovement):
                 return result
             except BaseException as error:
                 self._fail(error)
-                _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout)
+                _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout, self.device)
                 raise
             finally:
                 self._guard.lock.release()
-        _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout)
+        _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout, self.device)
         op = "allreduce_rmsnorm_quant"
         plan = self._plan(op, x, group_size)
         if plan.stage is not Stage.FUSED:
@@ -236,10 +240,12 @@ class StagedCollectives(DataMovement):
 
     def _go_direct(self) -> None:
         """Takes the plan off the hot path: where the first stage of an operation serves every shape, calls go straight
-        to the kernels. Not where calls are compared first."""
+        to the kernels. Not where calls are compared first. On GPUs every shape means every H that the kernels take,
+        and the hot path looks at H."""
         if self._custom is None or self._guard.compare_calls:
             return
-        largest = torch.Size((1, MAX_NORM_HIDDEN))
+        self._direct_hidden = FUSED_HIDDEN_ON_GPU if self.device.type == "cuda" else None
+        largest = torch.Size((1, MAX_NORM_HIDDEN if self._direct_hidden is None else self._direct_hidden[-1]))
         direct = {
             op: self._custom
             for op, stages in STAGES_OF.items()
@@ -324,9 +330,17 @@ class StagedCollectives(DataMovement):
         )
 
 
-def _check_sum(x: torch.Tensor, out: torch.Tensor | None) -> None:
+def _last_size(x: torch.Tensor) -> int:
+    """H of x ``[..., H]``; -1 of anything else, which the checks then name."""
+    try:
+        return x.shape[-1]
+    except (AttributeError, IndexError):
+        return -1
+
+
+def _check_sum(x: torch.Tensor, out: torch.Tensor | None, device: torch.device) -> None:
     check_x(x)
-    check_cpu(x)
+    check_device(x, device)
     if out is not None:
         check_out(out, x, "out")
         # a piece of the result would overwrite a piece of x that has not been sent
@@ -335,10 +349,15 @@ def _check_sum(x: torch.Tensor, out: torch.Tensor | None) -> None:
 
 
 def _check_norm(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    device: torch.device,
 ) -> None:
     check_x(x)
-    check_cpu(x)
+    check_device(x, device)
     check_norm(x, residual, weight, eps, weight_bias)
 
 
@@ -350,7 +369,8 @@ def _check_norm_quant(
     weight_bias: float,
     group_size: int,
     scale_layout: ScaleLayout,
+    device: torch.device,
 ) -> None:
-    _check_norm(x, residual, weight, eps, weight_bias)
+    _check_norm(x, residual, weight, eps, weight_bias, device)
     check_group_size(x.shape[-1], group_size)
     check_scale_layout(scale_layout)

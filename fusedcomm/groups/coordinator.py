@@ -13,21 +13,22 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from fusedcomm import native
+from fusedcomm import native, platform
 from fusedcomm.comm import process_group
-from fusedcomm.comm.custom import CustomAllReduce
+from fusedcomm.comm.custom_gpu import GpuCustomAllReduce, TraceRecord
 from fusedcomm.comm.guard import CallGuard
 from fusedcomm.comm.local import local_ops
 from fusedcomm.comm.plan import OPS, Facts, Plan
 from fusedcomm.comm.stages import StagedCollectives
-from fusedcomm.comm.symmetric_buffer import SetupError
-from fusedcomm.comm.tuning import choose_tuning, slot_bytes
+from fusedcomm.comm.streams import GraphCapture, side_stream
 from fusedcomm.env import Settings
 from fusedcomm.errors import FusedCommError, SettingError
+from fusedcomm.groups.custom_setup import choose_sizes, gpu_facts, make_custom
+from fusedcomm.groups.device import choose_device
 from fusedcomm.groups.topology import Hello, agree
-from fusedcomm.ops.dispatch import choose_local_backend
+from fusedcomm.ops.dispatch import find_local_backend
 
-MAX_CUSTOM_WORLD_SIZE = 16
+_STATUS_BYTES = 256
 
 _groups: weakref.WeakSet[GroupCoordinator] = weakref.WeakSet()
 _fork_hook_installed = False
@@ -42,9 +43,12 @@ class GroupCoordinator(StagedCollectives):
     Args:
         ranks: global ranks of the group, this one among them; None is the whole world. Only these ranks take part in
             making the group.
-        device: where its tensors live; only ``"cpu"`` as yet.
+        device: where its tensors live: ``"cpu"``, ``"cuda"`` (GPU ``local_rank % device_count`` of its host; ROCm's
+            name is "cuda" too), or one with an index. None: "cuda" where torch sees a GPU, else "cpu". Ranks may share
+            a GPU.
         timeout: deadline of every wait in seconds; None takes ``FUSEDCOMM_TIMEOUT_S``.
         settings: in place of those of the environment.
+        local_rank: this rank's number on its host; None: what torchrun says, else the global rank.
 
     Raises:
         ValueError: a bad argument.
@@ -62,17 +66,21 @@ class GroupCoordinator(StagedCollectives):
         local_rank: int | None = None,
     ) -> None:
         super().__init__()
-        self.device = check_device(device)
+        self._global_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if local_rank is None:
+            local_rank = dist.get_node_local_rank(self._global_rank) if dist.is_initialized() else 0
+        self._local_rank = local_rank
+        self.device = choose_device(device, local_rank)
         check_timeout(timeout)
         self._closed = False
         self._forked = False
         self._custom = None
-        self._group = None
-        self._global_rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._group = self._control = None
         self._ranks = _check_ranks(ranks, self._global_rank, world)
         self._rank, self._world_size = self._ranks.index(self._global_rank), len(self._ranks)
-        self._local_rank = self._global_rank if local_rank is None else local_rank
-        self._guard = CallGuard(self._exchange, self._rank)
+        on_gpu = self.device.type == "cuda"
+        is_capturing = (torch.cuda.is_current_stream_capturing,) if on_gpu else ()
+        self._guard = CallGuard(self._exchange, self._rank, *is_capturing)
         try:
             self._set_up(settings, timeout)
         except BaseException:
@@ -120,13 +128,17 @@ class GroupCoordinator(StagedCollectives):
 
     @property
     def device_group(self) -> dist.ProcessGroup | None:
-        """The process group that moves tensors; None at world size 1. On CPU the same one as control_group."""
+        """The process group that moves tensors; None at world size 1.
+
+        On CPU the same one as control_group. On GPUs NCCL's (RCCL's), or where ranks share a GPU one of Gloo, which
+        takes CPU tensors.
+        """
         return self._group
 
     @property
     def control_group(self) -> dist.ProcessGroup | None:
-        """The process group that carries votes; None at world size 1."""
-        return self._group
+        """The process group (Gloo) that carries votes; None at world size 1."""
+        return self._control
 
     @property
     def settings(self) -> Settings:
@@ -141,9 +153,42 @@ class GroupCoordinator(StagedCollectives):
     # ---- the collectives are those of StagedCollectives ----
 
     @contextlib.contextmanager
-    def graph_capture(self) -> Iterator[None]:
-        """Wraps the capture of a device graph that holds collectives; on CPU there is nothing to capture."""
-        yield
+    def graph_capture(self) -> Iterator[GraphCapture]:
+        """Wraps the capture of device graphs that hold collectives; all ranks enter and leave it together.
+
+        Nothing needs it for correct results: the kernels register no buffers, and graphs and eager calls mix in any
+        order. Use it because kernels of ranks that are done would otherwise wait for those that still capture (warm-up
+        and compilation take long), up to the deadline; and because an error on one rank is raised by all, not hidden
+        behind the hang that follows. Inside, a side stream is current; it is ``stream`` of what this gives::
+
+            with group.graph_capture() as capture, torch.cuda.graph(graph, stream=capture.stream):
+                ...
+
+        Every rank captures the same collectives and replays them in the same order as its peers. A replay counts as a
+        call of the group on the stream that it runs on (comm/streams.py): on another stream than the eager calls it has
+        to be ordered with them. On CPU there is nothing to capture, and this does nothing.
+
+        Raises:
+            FusedCommError: another rank raised an error inside.
+        """
+        if self.device.type == "cpu":
+            yield GraphCapture(None)
+            return
+        self._meet_around_capture("")
+        try:
+            with side_stream(self.device) as capture:
+                yield capture
+        except Exception as error:
+            with contextlib.suppress(Exception):  # what went wrong first is what counts
+                self._meet_around_capture(f"{type(error).__name__}: {error}")
+            raise
+        self._meet_around_capture("")
+
+    def _meet_around_capture(self, problem: str) -> None:
+        status = problem.encode()[:_STATUS_BYTES].ljust(_STATUS_BYTES, b"\0")
+        for rank, data in enumerate(self._run("graph_capture", None, None, self._exchange, status)):
+            if rank != self.rank and (text := data.rstrip(b"\0").decode(errors="replace")):
+                raise FusedCommError(f"rank {rank} failed around the capture of a graph: {text}")
 
     # ---- what is going on ----
 
@@ -174,6 +219,30 @@ class GroupCoordinator(StagedCollectives):
             counts.update({f"algorithm.{name}": n for name, n in self._custom.counts().items()})
         return counts
 
+    def check(self) -> None:
+        """Raises what went wrong so far, what only the device has noticed as yet included; waits for nothing.
+
+        Raises:
+            GroupBrokenError: an earlier collective passed its deadline, or a peer died.
+            GroupClosedError: the group is closed.
+        """
+        self._guard.check()
+        if isinstance(self._custom, GpuCustomAllReduce):
+            try:
+                self._custom.check()
+            except BaseException as error:
+                self._fail(error)
+                raise
+
+    def trace(self) -> list[TraceRecord]:
+        """The last collectives that the group's own kernels ran on this rank's GPU, oldest first, replayed ones too.
+
+        Waits for the device. Empty on CPU, and where the process group serves.
+        """
+        if self._closed or self._forked or not isinstance(self._custom, GpuCustomAllReduce):
+            return []
+        return self._custom.trace()
+
     def reset_stats(self) -> None:
         """Forgets the ``<op>.<stage>`` counts."""
         self._stats.clear()
@@ -188,13 +257,16 @@ class GroupCoordinator(StagedCollectives):
         """
         if self._closed:
             return
+        is_healthy = self._guard.usable
         if not self._forked:
             self._guard.close()
         self._stop_direct()
         self._closed = True
         if self._custom is not None:
             self._custom.close()
-        self._group = None
+        if self._group is not None and not self._forked:
+            process_group.close(self._group, self.device, is_healthy=is_healthy)
+        self._group = self._control = None
 
     def __enter__(self) -> GroupCoordinator:
         return self
@@ -215,47 +287,42 @@ class GroupCoordinator(StagedCollectives):
                 settings = Settings.from_environ()
             except FusedCommError as error:
                 problem, settings = str(error), Settings()
-        library = None
+        library = gpu_library = gpu = None
         try:
             library = native.load()
+            if self.device.type == "cuda":
+                gpu_library = native.load_gpu()
+                gpu = gpu_facts(self.device, gpu_library)
+            find_local_backend(settings, self.device.type)
         except OSError as error:
             problem = problem or f"the native library cannot be loaded: {error}"
-        if not problem:
-            try:
-                choose_local_backend(settings, self.device.type, native_available=library is not None)
-            except FusedCommError as error:
-                problem = str(error)
-        hello = Hello.of_this_rank(settings, None if library is None else library.build_id(), problem)
+        except RuntimeError as error:  # SettingError among them; or a GPU that is out of order
+            problem = problem or str(error)
+        hello = Hello.of_this_rank(settings, None if library is None else library.build_id(), problem, gpu)
         if timeout is not None:
             hello = hello.with_timeout(timeout)
+        store = None
         if self.world_size > 1:
-            self._group = process_group.create(self._ranks, self._rank, hello.settings.timeout_s)
+            store = process_group.rendezvous(self._ranks)
+            self._control = process_group.create_gloo(
+                store, "control", self._rank, self.world_size, hello.settings.timeout_s
+            )
         agreement = agree([Hello.unpack(data) for data in self._exchange(hello.pack())])
         self._settings = agreement.settings
         if self.rank == 0:
             for line in agreement.disagreements:
                 warnings.warn(line, RuntimeWarning, stacklevel=4)
+        self._group = self._control
+        if store is not None and self.device.type == "cuda":
+            timeout_s = self._settings.timeout_s
+            self._group = (
+                process_group.create_nccl(store, "device", self._ranks, self._rank, self.device, timeout_s)
+                if agreement.nccl
+                else process_group.create_gloo(store, "device", self._rank, self.world_size, timeout_s)
+            )
 
-        slot = slot_bytes(self._settings.buffer_mb)
-        tuning = choose_tuning(self.world_size, agreement.cores, slot)
-        unavailable = agreement.custom_unavailable
-        if self.world_size > MAX_CUSTOM_WORLD_SIZE:
-            unavailable = f"the kernels serve up to {MAX_CUSTOM_WORLD_SIZE} ranks, got {self.world_size}"
-        wanted = not self._settings.disable and self._settings.backend != "torch"
-        if self.world_size > 1 and wanted and not unavailable and library is not None:
-            try:
-                self._custom = CustomAllReduce(
-                    library,
-                    self._exchange,
-                    self.rank,
-                    self.world_size,
-                    slot_bytes=slot,
-                    tuning=tuning,
-                    timeout_s=self._settings.timeout_s,
-                    pids=agreement.pids,
-                )
-            except SetupError as error:
-                unavailable = f"set-up failed: {error}"
+        self._custom, unavailable = make_custom(agreement, self.device, self._exchange, self.rank, library, gpu_library)
+        wanted = not self._settings.disable and self._settings.backend in (None, "native")
         if unavailable and wanted and self.world_size > 1 and self.rank == 0:
             warnings.warn(
                 f"no custom all-reduce, all ranks use the process group: {unavailable}",
@@ -264,31 +331,22 @@ class GroupCoordinator(StagedCollectives):
             )
 
         self._guard.compare_calls = self._settings.debug
-        backend = choose_local_backend(self._settings, self.device.type, native_available=library is not None)
-        self._local = local_ops(backend)
+        backend = find_local_backend(self._settings, self.device.type)
+        self._local = local_ops(backend, platform.fp8_dtype(self.device))
+        sizes = choose_sizes(agreement, self.device.type)
         self._facts = functools.partial(
             Facts,
             world_size=self.world_size,
             settings=self._settings,
             custom_unavailable=unavailable,
-            slot_bytes=slot,
-            one_shot_max_bytes=tuning.one_shot_max_bytes,
+            slot_bytes=sizes.slot_bytes,
+            one_shot_max_bytes=sizes.one_shot_max_bytes,
+            device_type=self.device.type,
         )
         self._go_direct()
 
     def _exchange(self, data: bytes) -> list[bytes]:
-        return [data] if self._group is None else process_group.exchange_bytes(data, self._group)
-
-
-def check_device(device: torch.device | str | None) -> torch.device:
-    """The device of a group; ValueError if there is no such group."""
-    try:
-        checked = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device: expected a torch.device or its name, got {device!r}") from None
-    if checked.type != "cpu":
-        raise ValueError(f"device: expected cpu (GPU groups are not built yet), got {checked}")
-    return checked
+        return [data] if self._control is None else process_group.exchange_bytes(data, self._control)
 
 
 def check_timeout(timeout: float | None) -> None:
@@ -326,5 +384,6 @@ def _after_fork() -> None:
         group._stop_direct()
         if group._custom is not None:
             group._custom.abandon()
-        if group._group is not None:
-            process_group.abandon(group._group)
+        for inherited in (group._group, group._control):
+            if inherited is not None:
+                process_group.abandon(inherited)

@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import torch
 
 from fusedcomm.env import BACKENDS, Settings
 from fusedcomm.errors import FusedCommError, SettingError, VersionMismatchError
 
-_MAGIC = 0x46434831  # "FCH1": format 1 of the record below
-_FORMAT = struct.Struct("<IIqIB16s32s32sHBdI256s")
+_MAGIC = 0x46434832  # "FCH2": format 2 of the record below
+_FORMAT = struct.Struct("<IIqIB16s32s32sHBdI256sB16s32sIBB")
 _OTHER_FORMAT = "a rank speaks another format: all ranks need the same build of fusedcomm"
 _FLAGS = tuple(f.name for f in fields(Settings) if f.type == "bool")
+
+
+MAX_CUSTOM_WORLD_SIZE = {"cpu": 16, "cuda": 8}
+"""Ranks that the library's own kernels serve, by type of device."""
 
 
 def host_identity(override: str | None = None) -> bytes:
@@ -31,6 +36,20 @@ def host_identity(override: str | None = None) -> bytes:
     except OSError:
         boot = ""  # the host name alone has to do
     return hashlib.sha256(f"{boot}/{socket.gethostname()}".encode()).digest()
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """What a rank says of its GPU."""
+
+    uuid: bytes
+    """16 bytes, the same in every process that sees the GPU, whatever *_VISIBLE_DEVICES says."""
+    arch: str
+    num_sms: int
+    library: bool
+    """Whether the rank has the native GPU library."""
+    nccl: bool
+    """Whether its torch has NCCL (RCCL)."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +65,17 @@ class Hello:
     settings: Settings
     error: str = ""
     """What is wrong on this rank, so that all ranks can say so and none waits."""
+    gpu: GpuFacts | None = None
+    """The GPU that its tensors live on; None: on the CPU."""
+
+    @property
+    def device_type(self) -> str:
+        return "cpu" if self.gpu is None else "cuda"
 
     @classmethod
-    def of_this_rank(cls, settings: Settings, build_id: bytes | None, error: str = "") -> Hello:
+    def of_this_rank(
+        cls, settings: Settings, build_id: bytes | None, error: str = "", gpu: GpuFacts | None = None
+    ) -> Hello:
         return cls(
             pid=os.getpid(),
             cores=len(os.sched_getaffinity(0)),
@@ -58,6 +85,7 @@ class Hello:
             host=host_identity(settings.host_id),
             settings=settings,
             error=error,
+            gpu=gpu,
         )
 
     def with_timeout(self, timeout_s: float) -> Hello:
@@ -67,6 +95,7 @@ class Hello:
         s = self.settings
         flags = sum(1 << i for i, name in enumerate(_FLAGS) if getattr(s, name))
         backend = 0 if s.backend is None else 1 + BACKENDS.index(s.backend)
+        gpu = self.gpu or GpuFacts(b"", "", 0, False, False)
         return _FORMAT.pack(
             _MAGIC,
             _FORMAT.size,
@@ -79,8 +108,14 @@ class Hello:
             flags,
             backend,
             s.timeout_s,
-            s.buffer_mb,
+            s.buffer_mb or 0,
             self.error.encode()[:256],
+            self.gpu is not None,
+            gpu.uuid,
+            gpu.arch.encode()[:32],
+            gpu.num_sms,
+            gpu.library,
+            gpu.nccl,
         )
 
     @classmethod
@@ -88,21 +123,25 @@ class Hello:
         """The record that ``pack`` made; VersionMismatchError if it is none."""
         if len(data) != _FORMAT.size or struct.unpack_from("<II", data) != (_MAGIC, _FORMAT.size):
             raise VersionMismatchError(_OTHER_FORMAT)
-        _, _, pid, cores, native, build_id, version, host, flags, backend, timeout, buffer_mb, error = _FORMAT.unpack(
-            data
-        )
+        fields_ = _FORMAT.unpack(data)
+        pid, cores, native, build_id, version, host, flags, backend, timeout, buffer_mb, error = fields_[2:13]
+        on_gpu, uuid, arch, num_sms, library, nccl = fields_[13:]
         switches: dict[str, Any] = {name: bool(flags >> i & 1) for i, name in enumerate(_FLAGS)}
         try:
             settings = Settings(
                 **switches,
                 backend=(None, *BACKENDS)[backend],
                 timeout_s=timeout,
-                buffer_mb=buffer_mb,
+                buffer_mb=buffer_mb or None,
             )
         except (IndexError, SettingError):  # no rank packs such a value
             raise VersionMismatchError(_OTHER_FORMAT) from None
-        text = error.rstrip(b"\0").decode(errors="replace")
-        return cls(pid, cores, bool(native), build_id, version, host, settings, text)
+        gpu = GpuFacts(uuid, _text(arch), num_sms, bool(library), bool(nccl)) if on_gpu else None
+        return cls(pid, cores, bool(native), build_id, version, host, settings, _text(error), gpu)
+
+
+def _text(data: bytes) -> str:
+    return data.rstrip(b"\0").decode(errors="replace")
 
 
 HELLO_BYTES = _FORMAT.size
@@ -119,13 +158,17 @@ class Agreement:
     pids: tuple[int, ...]
     custom_unavailable: str
     """Why no rank uses the custom stages; empty if all can."""
+    nccl: bool = False
+    """Whether NCCL serves as the process group of tensors: every rank has it, and a GPU of its own."""
+    gpus: tuple[GpuFacts, ...] = ()
+    """Those of the ranks; empty on CPU."""
 
 
 def agree(hellos: Sequence[Hello]) -> Agreement:
     """Pure: every rank comes to the same conclusion from the same records.
 
     Raises:
-        SettingError, FusedCommError: a rank reported an error.
+        SettingError, FusedCommError: a rank reported an error, or ranks are on devices of different types.
         VersionMismatchError: ranks run different builds of the library.
     """
     for rank, hello in enumerate(hellos):
@@ -136,17 +179,33 @@ def agree(hellos: Sequence[Hello]) -> Agreement:
     if len(builds) > 1:
         seen = ", ".join(f"rank {r} {h.build_id.rstrip(bytes(1)).decode()}" for r, h in enumerate(hellos))
         raise VersionMismatchError(f"ranks run different builds of fusedcomm: {seen}")
-    settings, disagreements = _merge([h.settings for h in hellos])
+    types = [h.device_type for h in hellos]
+    if len(set(types)) > 1:
+        seen = ", ".join(f"rank {r} {kind}" for r, kind in enumerate(types))
+        raise FusedCommError(f"ranks of one group are on devices of different types: {seen}")
+    # what a rank leaves to the default follows from its device
+    settings, disagreements = _merge(
+        [replace(h.settings, buffer_mb=h.settings.buffer_mb_on(h.device_type)) for h in hellos]
+    )
+    gpus = tuple(h.gpu for h in hellos if h.gpu is not None)
     return Agreement(
         settings=settings,
         disagreements=disagreements,
         cores=min(h.cores for h in hellos),
         pids=tuple(h.pid for h in hellos),
         custom_unavailable=_custom_unavailable(hellos),
+        # NCCL refuses two ranks on one GPU
+        nccl=bool(gpus)
+        and all(g.nccl for g in gpus)
+        and len({(h.host, h.gpu.uuid) for h in hellos if h.gpu}) == len(hellos),
+        gpus=gpus,
     )
 
 
 def _custom_unavailable(hellos: Sequence[Hello]) -> str:
+    most = MAX_CUSTOM_WORLD_SIZE[hellos[0].device_type]
+    if len(hellos) > most:
+        return f"the kernels serve up to {most} ranks, got {len(hellos)}"
     without = [r for r, h in enumerate(hellos) if not h.native]
     if without:
         return f"rank {without[0]} has no native library"
@@ -157,7 +216,40 @@ def _custom_unavailable(hellos: Sequence[Hello]) -> str:
     other_host = [r for r, h in enumerate(hellos) if h.host != hellos[0].host]
     if other_host:
         return f"rank {other_host[0]} is on another host than rank 0"
+    return _gpus_unavailable([h.gpu for h in hellos if h.gpu is not None])
+
+
+def _gpus_unavailable(gpus: Sequence[GpuFacts]) -> str:
+    for rank, gpu in enumerate(gpus):
+        if not gpu.library:
+            return f"rank {rank} has no native GPU library"
+    for rank, gpu in enumerate(gpus):
+        # kernels of one call have the same grid on every rank, and it depends on both
+        if (gpu.arch, gpu.num_sms) != (gpus[0].arch, gpus[0].num_sms):
+            return (
+                f"rank {rank} has a {gpu.arch} of {gpu.num_sms} multiprocessors, "
+                f"rank 0 a {gpus[0].arch} of {gpus[0].num_sms}"
+            )
     return ""
+
+
+def no_peer_access(access: Sequence[Sequence[int]], gpus: Sequence[GpuFacts]) -> str:
+    """Why ranks cannot write to each other's memory; empty if they can. Pure, like agree.
+
+    ``access[a][b]`` is rank a's answer for the GPU of rank b: 1 yes, 0 no, -1 that GPU is not visible to rank a. Then
+    only opening its memory can tell, so -1 counts as yes here.
+    """
+    names = [f"rank {rank} (GPU {gpu_name(gpu.uuid)})" for rank, gpu in enumerate(gpus)]
+    for a, row in enumerate(access):
+        for b, answer in enumerate(row):
+            if answer == 0:
+                return f"{names[a]} has no peer access to {names[b]}"
+    return ""
+
+
+def gpu_name(uuid: bytes) -> str:
+    """A GPU's UUID as the vendors' tools write it."""
+    return str(UUID(bytes=uuid))
 
 
 def _merge(all_settings: Sequence[Settings]) -> tuple[Settings, tuple[str, ...]]:

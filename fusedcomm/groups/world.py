@@ -10,7 +10,8 @@ import torch.distributed as dist
 from fusedcomm.env import Settings
 from fusedcomm.errors import FusedCommError
 from fusedcomm.groups import bootstrap
-from fusedcomm.groups.coordinator import GroupCoordinator, check_device, check_timeout
+from fusedcomm.groups.coordinator import GroupCoordinator, check_timeout
+from fusedcomm.groups.device import check_device
 
 _tp_group: GroupCoordinator | None = None
 _initializing_pid: int | None = None  # of the process that initialised torch.distributed here; a fork inherits it
@@ -25,7 +26,8 @@ def init_distributed(
 
     Args:
         tp_size: ranks per group; the job's ranks are cut into consecutive groups of this size. None: one group of all.
-        device: where tensors live; only ``"cpu"`` as yet.
+        device: where tensors live, as for GroupCoordinator: ``"cpu"``, ``"cuda"``, or a GPU by its index. None: a GPU
+            where torch sees one, else the CPU. A GPU becomes torch's current device.
         timeout: deadline of every wait in seconds; None takes ``FUSEDCOMM_TIMEOUT_S``.
 
     Raises:
@@ -68,6 +70,9 @@ def init_distributed(
     except BaseException:
         destroy_distributed()
         raise
+    if _tp_group.device.type == "cuda":
+        # or what the caller makes on "cuda" next would all be on the first GPU
+        torch.cuda.set_device(_tp_group.device)
     return _tp_group
 
 

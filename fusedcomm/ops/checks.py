@@ -26,10 +26,10 @@ def check_x(x: torch.Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected at least one dimension, got a scalar")
 
 
-def check_cpu(x: torch.Tensor) -> None:
+def check_device(x: torch.Tensor, device: torch.device) -> None:
     """The tensor lives where the group does."""
-    if x.device.type != "cpu":
-        raise ValueError(f"x: expected a CPU tensor, got one on {x.device}")
+    if x.device != device:
+        raise ValueError(f"x: expected a tensor on {device}, got {x.device}")
 
 
 def check_norm(

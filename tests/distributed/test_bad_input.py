@@ -51,7 +51,7 @@ META = X.to("meta")
 X_CASES: Cases = [
     ({"x": X.double()}, ("x: expected dtype bfloat16, float16 or float32", "got torch.float64")),
     ({"x": X.int()}, ("x: expected dtype", "got torch.int32")),
-    ({"x": META}, ("x: expected a CPU tensor", "got one on meta")),
+    ({"x": META}, ("x: expected a tensor on cpu", "got meta")),
     ({"x": torch.tensor(1.0)}, ("x: expected at least one dimension", "got a scalar")),
     ({"x": [1.0]}, ("x: expected a torch.Tensor", "got list")),
     ({"x": None}, ("x: expected a torch.Tensor", "got NoneType")),

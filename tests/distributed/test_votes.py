@@ -48,7 +48,7 @@ def disagree(by_rank: list[dict[str, Any]]) -> tuple[dict[str, Any], list[str], 
         changed = {
             f.name: getattr(group.settings, f.name)
             for f in dataclasses.fields(Settings)
-            if getattr(group.settings, f.name) != f.default
+            if getattr(group.settings, f.name) != getattr(Settings(buffer_mb=2), f.name)
         }
         return changed, seen, stage_of(group)
 

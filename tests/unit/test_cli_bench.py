@@ -22,7 +22,7 @@ from fusedcomm.cli.bench.targets import TARGETS, judge
 from fusedcomm.cli.bench.worker import Spec
 from fusedcomm.cli.main import main
 from fusedcomm.comm.tuning import Tuning
-from fusedcomm.groups import coordinator
+from fusedcomm.groups import custom_setup
 
 
 class Clock:
@@ -143,10 +143,10 @@ def test_spec_survives_the_way_to_the_ranks() -> None:
 
 
 def test_tuned() -> None:
-    plain = coordinator.choose_tuning(8, 2, 1 << 20)
+    plain = custom_setup.choose_tuning(8, 2, 1 << 20)
     with tuned(spins=123):
-        assert coordinator.choose_tuning(8, 2, 1 << 20) == Tuning(**{**vars(plain), "spins": 123})
-    assert coordinator.choose_tuning(8, 2, 1 << 20) == plain
+        assert custom_setup.choose_tuning(8, 2, 1 << 20) == Tuning(**{**vars(plain), "spins": 123})
+    assert custom_setup.choose_tuning(8, 2, 1 << 20) == plain
     with pytest.raises(ValueError, match=r"spin.*got nonsense"), tuned(nonsense=1):
         pass
 

@@ -159,3 +159,30 @@ def test_a_plan_does_not_change() -> None:
     assert isinstance(plan, Plan)
     with pytest.raises(AttributeError):
         plan.stages = ()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [8, 64, 4096, 7168, 16384])
+def test_the_gpu_kernels_serve_whole_vectors(dtype: torch.dtype, hidden: int) -> None:
+    plan = choose_plan(facts(hidden_size=hidden, dtype=dtype, device_type="cuda", slot_bytes=0))
+    assert plan.stage is Stage.FUSED
+    assert plan.reasons == {}
+
+
+@pytest.mark.parametrize("hidden", [1, 100, 4097, 16392, 32768])
+def test_what_the_fused_gpu_kernels_do_not_take_is_staged(hidden: int) -> None:
+    plan = choose_plan(facts(hidden_size=hidden, device_type="cuda", slot_bytes=0))
+    assert plan.stages == (Stage.CUSTOM, Stage.PROCESS_GROUP)
+    assert set(plan.reasons) == {Stage.FUSED, Stage.FUSED_NORM}
+    assert all(f"got {hidden}" in reason for reason in plan.reasons.values())
+    assert choose_plan(facts("all_reduce", hidden_size=hidden, device_type="cuda")).stage is Stage.CUSTOM
+    # one rank needs no kernel that sums
+    alone = choose_plan(facts(hidden_size=hidden, device_type="cuda", world_size=1))
+    assert alone.stage is Stage.FUSED
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "aiter"])
+def test_a_forced_backend_other_than_native_leaves_the_native_stages(backend: str) -> None:
+    plan = choose_plan(facts(settings=Settings(backend=backend), device_type="cuda"))
+    assert plan.stages == (Stage.PROCESS_GROUP,)
+    assert set(plan.reasons.values()) == {f"FUSEDCOMM_BACKEND={backend}"}

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fusedcomm import FusedCommError, SettingError, Settings, VersionMismatchError
-from fusedcomm.groups.topology import HELLO_BYTES, Agreement, Hello, agree, host_identity
+from fusedcomm.groups.topology import HELLO_BYTES, Agreement, GpuFacts, Hello, agree, host_identity, no_peer_access
 
 BUILD = b"0123456789abcdef"
 
@@ -41,7 +41,15 @@ settings_strategy = st.builds(
     deterministic=st.booleans(),
     timeout_s=st.floats(0.001, 86400),
     debug=st.booleans(),
-    buffer_mb=st.integers(1, 16384),
+    buffer_mb=st.none() | st.integers(1, 16384),
+)
+gpu_strategy = st.builds(
+    GpuFacts,
+    uuid=st.binary(min_size=16, max_size=16),
+    arch=st.sampled_from(["sm_80", "sm_90", "gfx942", "gfx950"]),
+    num_sms=st.integers(1, 2**32 - 1),
+    library=st.booleans(),
+    nccl=st.booleans(),
 )
 
 
@@ -51,9 +59,12 @@ settings_strategy = st.builds(
     cores=st.integers(1, 4096),
     native=st.booleans(),
     error=st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=60),
+    gpu=st.none() | gpu_strategy,
 )
-def test_a_record_comes_back_as_it_was(settings: Settings, pid: int, cores: int, native: bool, error: str) -> None:
-    sent = hello(settings, pid=pid, cores=cores, native=native, error=error)
+def test_a_record_comes_back_as_it_was(
+    settings: Settings, pid: int, cores: int, native: bool, error: str, gpu: GpuFacts | None
+) -> None:
+    sent = hello(settings, pid=pid, cores=cores, native=native, error=error, gpu=gpu)
     data = sent.pack()
     assert len(data) == HELLO_BYTES
     assert Hello.unpack(data) == sent
@@ -150,13 +161,15 @@ def test_equal_ranks_agree_on_what_they_have() -> None:
         ("backend", ("native", "torch", "native"), "torch"),
         ("timeout_s", (60.0, 5.0, 60.0), 60.0),
         ("buffer_mb", (16, 16, 4), 4),
+        ("buffer_mb", (2, 1, 1), 1),
     ],
 )
 def test_a_disagreement_takes_the_safer_value_and_says_so(
     field: str, values: tuple[object, ...], taken: object
 ) -> None:
     agreement = over_the_wire([hello(Settings(**{field: value})) for value in values])  # type: ignore[arg-type]
-    assert agreement.settings == Settings(**{field: taken})  # type: ignore[arg-type]
+    expected = {"buffer_mb": 2, field: taken}
+    assert agreement.settings == Settings(**expected)  # type: ignore[arg-type]
     (line,) = agreement.disagreements
     assert f"FUSEDCOMM_{field.upper()}" in line
     for rank, value in enumerate(values):
@@ -177,7 +190,7 @@ def test_the_agreement_does_not_depend_on_who_is_first(all_settings: list[Settin
             if f.type == "bool":
                 assert getattr(merged, f.name) >= getattr(settings, f.name)
         assert merged.timeout_s >= settings.timeout_s
-        assert merged.buffer_mb <= settings.buffer_mb
+        assert merged.buffer_mb_on("cpu") <= settings.buffer_mb_on("cpu")
         assert merged.backend in (settings.backend, "torch")
 
 
@@ -233,3 +246,92 @@ def test_the_records_size_is_part_of_it() -> None:
     struct.pack_into("<I", data, 4, HELLO_BYTES + 8)  # what a later format of the same magic would say
     with pytest.raises(VersionMismatchError):
         Hello.unpack(bytes(data))
+
+
+# ---- ranks on GPUs ----
+
+
+def gpu(number: int = 0, **changes: Any) -> GpuFacts:
+    facts = GpuFacts(uuid=bytes([number]) * 16, arch="sm_90", num_sms=132, library=True, nccl=True)
+    return dataclasses.replace(facts, **changes)
+
+
+def gpu_hellos(*gpus: GpuFacts, settings: Settings | None = None) -> list[Hello]:
+    return [hello(settings, gpu=facts) for facts in gpus]
+
+
+def test_equal_gpus_agree() -> None:
+    agreement = over_the_wire(gpu_hellos(gpu(0), gpu(1), gpu(2), gpu(3)))
+    assert agreement.custom_unavailable == ""
+    assert agreement.nccl
+    assert agreement.gpus == (gpu(0), gpu(1), gpu(2), gpu(3))
+    assert agreement.settings.buffer_mb == 64
+
+
+def test_ranks_that_share_a_gpu_have_no_nccl_and_keep_the_custom_stages() -> None:
+    agreement = over_the_wire(gpu_hellos(gpu(0), gpu(1), gpu(0), gpu(1)))
+    assert not agreement.nccl
+    assert agreement.custom_unavailable == ""
+
+
+def test_equal_uuids_on_two_hosts_are_two_gpus() -> None:
+    here, there = gpu_hellos(gpu(0), gpu(0))
+    agreement = over_the_wire([here, dataclasses.replace(there, host=host_identity("elsewhere"))])
+    assert agreement.nccl
+    assert "another host" in agreement.custom_unavailable
+
+
+def test_nccl_needs_all_ranks() -> None:
+    assert not over_the_wire(gpu_hellos(gpu(0), gpu(1, nccl=False))).nccl
+    assert not over_the_wire([hello(), hello()]).nccl
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        ({"library": False}, "rank 2 has no native GPU library"),
+        ({"arch": "gfx950"}, "rank 2 has a gfx950 of 132 multiprocessors, rank 0 a sm_90 of 132"),
+        ({"num_sms": 114}, "rank 2 has a sm_90 of 114 multiprocessors, rank 0 a sm_90 of 132"),
+    ],
+)
+def test_a_gpu_that_differs_turns_the_custom_stages_off(last: dict[str, Any], reason: str) -> None:
+    assert over_the_wire(gpu_hellos(gpu(0), gpu(1), gpu(2, **last))).custom_unavailable == reason
+
+
+def test_a_missing_cpu_library_turns_them_off_on_gpus_too() -> None:
+    hellos = gpu_hellos(gpu(0), gpu(1))
+    hellos[1] = dataclasses.replace(hellos[1], native=False, build_id=bytes(16))
+    assert over_the_wire(hellos).custom_unavailable == "rank 1 has no native library"
+
+
+def test_devices_of_different_types_are_an_error_on_all_ranks() -> None:
+    with pytest.raises(FusedCommError, match="different types: rank 0 cuda, rank 1 cpu, rank 2 cuda"):
+        over_the_wire([hello(gpu=gpu(0)), hello(), hello(gpu=gpu(1))])
+
+
+@pytest.mark.parametrize(("size", "on_gpu", "fits"), [(8, True, True), (9, True, False), (16, False, True)])
+def test_the_kernels_serve_so_many_ranks(size: int, on_gpu: bool, fits: bool) -> None:
+    agreement = over_the_wire([hello(gpu=gpu(r) if on_gpu else None) for r in range(size)])
+    assert (agreement.custom_unavailable == "") == fits
+    if not fits:
+        assert agreement.custom_unavailable == f"the kernels serve up to 8 ranks, got {size}"
+
+
+def test_an_unset_buffer_size_and_its_default_are_no_disagreement() -> None:
+    hellos = [hello(Settings(buffer_mb=size), gpu=gpu(r)) for r, size in enumerate((None, 64))]
+    assert over_the_wire(hellos).disagreements == ()
+    hellos = [hello(Settings(buffer_mb=size), gpu=gpu(r)) for r, size in enumerate((None, 128))]
+    agreement = over_the_wire(hellos)
+    assert agreement.settings.buffer_mb == 64
+    assert "rank 0: 64, rank 1: 128" in agreement.disagreements[0]
+
+
+def test_peer_access_has_to_go_both_ways() -> None:
+    gpus = [gpu(0), gpu(1), gpu(2)]
+    assert no_peer_access([[1, 1, 1]] * 3, gpus) == ""
+    # not visible: opening its memory decides
+    assert no_peer_access([[1, -1, -1], [-1, 1, -1], [-1, -1, 1]], gpus) == ""
+    reason = no_peer_access([[1, 1, 1], [1, 1, 1], [0, 1, 1]], gpus)
+    assert reason.startswith("rank 2 (GPU 02020202-0202-")
+    assert "no peer access to rank 0 (GPU 00000000-0000-" in reason
+    assert "rank 0 (GPU 0000" in no_peer_access([[1, -1, 0], [1, 1, 1], [1, 1, 1]], gpus)[:20]
