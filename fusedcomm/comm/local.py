@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
-from fusedcomm import ops
-from fusedcomm.ops import reference
+from fusedcomm.ops.norm import run_add_rms_norm, run_add_rms_norm_quant
+from fusedcomm.ops.operators import Operators, operators_of
+from fusedcomm.ops.quant import run_per_group_quant_fp8
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
 
 
-class LocalOps(Protocol):
-    """The functions of fusedcomm.ops that the stages use."""
+class LocalOps:
+    """The functions of fusedcomm.ops that the stages use, without checks: the stages have made them."""
+
+    def __init__(self, operators: Operators, fp8_dtype: torch.dtype) -> None:
+        self._operators = operators
+        self._fp8_dtype = fp8_dtype
 
     def fused_add_rms_norm(
         self,
@@ -22,7 +25,9 @@ class LocalOps(Protocol):
         eps: float,
         *,
         weight_bias: float = 0.0,
-    ) -> AddRMSNorm: ...
+    ) -> AddRMSNorm:
+        """Adds the residual and norms the sum in one launch."""
+        return run_add_rms_norm(self._operators, x, residual, weight, eps, weight_bias)
 
     def fused_add_rms_norm_quant(
         self,
@@ -35,13 +40,18 @@ class LocalOps(Protocol):
         emit_bf16: bool = False,
         scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
         weight_bias: float = 0.0,
-    ) -> AddRMSNormQuant: ...
+    ) -> AddRMSNormQuant:
+        """As fused_add_rms_norm, then FP8 of the normed rows in the same launch."""
+        options = (weight_bias, group_size, emit_bf16, scale_layout, self._fp8_dtype)
+        return run_add_rms_norm_quant(self._operators, x, residual, weight, eps, *options)
 
     def per_group_quant_fp8(
         self, x: torch.Tensor, *, group_size: int = 128, scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
-    ) -> GroupQuant: ...
+    ) -> GroupQuant:
+        """FP8 with one scale for each ``group_size`` neighbours."""
+        return run_per_group_quant_fp8(self._operators, x.contiguous(), group_size, scale_layout, self._fp8_dtype)
 
 
-def local_ops(backend: str) -> LocalOps:
-    """``"native"``: the compiled ops; ``"torch"``: the reference, the same bits."""
-    return reference if backend == "torch" else ops
+def local_ops(backend: str, fp8_dtype: torch.dtype = torch.float8_e4m3fn) -> LocalOps:
+    """The local ops of one backend (see choose_local_backend): native, triton or torch give the same bits."""
+    return LocalOps(operators_of(backend), fp8_dtype)

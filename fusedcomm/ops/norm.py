@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fusedcomm.native import empty_quant
-from fusedcomm.ops import reference
 from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_norm, check_out, check_scale_layout
-from fusedcomm.ops.dispatch import local_backend
+from fusedcomm.ops.dispatch import local_operators
+from fusedcomm.ops.operators import Operators
 from fusedcomm.ops.quant import check_quant_out, layout_flags
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
 
@@ -35,14 +35,11 @@ def rms_norm(
     check_norm(x, None, weight, eps, weight_bias)
     if out is not None:
         check_out(out, x, "out")
-    if local_backend(x.device.type) == "torch":
-        normed = reference.rms_norm(x, weight, eps, weight_bias=weight_bias)
-        return normed if out is None else out.copy_(normed)
+    operators = local_operators(x.device.type)
     x, weight = x.contiguous(), weight.contiguous()
     if out is None:
-        result: torch.Tensor = torch.ops.fusedcomm.rms_norm.default(x, weight, eps, weight_bias)
-        return result
-    torch.ops.fusedcomm.rms_norm_out.default(x, weight, eps, weight_bias, out)
+        return operators.rms_norm(x, weight, eps, weight_bias)
+    operators.rms_norm_out(x, weight, eps, weight_bias, out)
     return out
 
 
@@ -74,14 +71,23 @@ def fused_add_rms_norm(
     check_norm(x, residual, weight, eps, weight_bias)
     if out is not None:
         _check_norm_out(x, out.norm, out.residual)
-    if local_backend(x.device.type) == "torch":
-        result = reference.fused_add_rms_norm(x, residual, weight, eps, weight_bias=weight_bias)
-        return result if out is None else AddRMSNorm(out.norm.copy_(result.norm), out.residual.copy_(result.residual))
-    x, weight = x.contiguous(), weight.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    return run_add_rms_norm(local_operators(x.device.type), x, residual, weight, eps, weight_bias, out)
+
+
+def run_add_rms_norm(
+    operators: Operators,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    out: AddRMSNorm | None = None,
+) -> AddRMSNorm:
+    """fused_add_rms_norm by given operators, without checks."""
+    x, residual, weight = _contiguous(x, residual, weight)
     if out is None:
-        return AddRMSNorm(*torch.ops.fusedcomm.fused_add_rms_norm.default(x, residual, weight, eps, weight_bias))
-    torch.ops.fusedcomm.fused_add_rms_norm_out.default(x, residual, weight, eps, weight_bias, *out)
+        return AddRMSNorm(*operators.fused_add_rms_norm(x, residual, weight, eps, weight_bias))
+    operators.fused_add_rms_norm_out(x, residual, weight, eps, weight_bias, *out)
     return AddRMSNorm(*out)
 
 
@@ -122,33 +128,55 @@ def fused_add_rms_norm_quant(
             got = "None" if out.norm is None else "a tensor"
             raise ValueError(f"out.norm: expected a tensor exactly if emit_bf16, got {got} with emit_bf16={emit_bf16}")
         _check_norm_out(x, out.norm, out.residual)
-    if local_backend(x.device.type) == "torch":
-        result = reference.fused_add_rms_norm_quant(
-            x,
-            residual,
-            weight,
-            eps,
-            group_size=group_size,
-            emit_bf16=emit_bf16,
-            scale_layout=scale_layout,
-            fp8_dtype=fp8_dtype,
-            weight_bias=weight_bias,
-        )
-        return result if out is None else _copy_to(out, result)
-    weight = weight.contiguous()
-    residual = None if residual is None else residual.contiguous()
+    return run_add_rms_norm_quant(
+        local_operators(x.device.type),
+        x,
+        residual,
+        weight,
+        eps,
+        weight_bias,
+        group_size,
+        emit_bf16,
+        scale_layout,
+        fp8_dtype,
+        out,
+    )
+
+
+def run_add_rms_norm_quant(
+    operators: Operators,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    group_size: int,
+    emit_bf16: bool,
+    scale_layout: ScaleLayout,
+    fp8_dtype: torch.dtype,
+    out: AddRMSNormQuant | None = None,
+) -> AddRMSNormQuant:
+    """fused_add_rms_norm_quant by given operators, without checks."""
+    x, residual, weight = _contiguous(x, residual, weight)
+    flags = layout_flags(scale_layout, fp8_dtype)
     if out is None and not emit_bf16:
-        fp8, scale, residual_out = torch.ops.fusedcomm.fused_add_rms_norm_quant.default(
-            x, residual, weight, eps, weight_bias, group_size, *layout_flags(scale_layout, fp8_dtype)
+        fp8, scale, residual_out = operators.fused_add_rms_norm_quant(
+            x, residual, weight, eps, weight_bias, group_size, *flags
         )
         return AddRMSNormQuant(fp8, scale, residual_out, None, scale_layout)
     if out is None:
-        fp8, scale = empty_quant(x, group_size, *layout_flags(scale_layout, fp8_dtype))
+        fp8, scale = empty_quant(x, group_size, *flags)
         out = AddRMSNormQuant(fp8, scale, torch.empty_like(x), torch.empty_like(x), scale_layout)
-    torch.ops.fusedcomm.fused_add_rms_norm_quant_out.default(
+    operators.fused_add_rms_norm_quant_out(
         x, residual, weight, eps, weight_bias, group_size, out.fp8, out.scale, out.residual, out.norm
     )
     return out
+
+
+def _contiguous(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    return x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous()
 
 
 def _check_norm_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.Tensor) -> None:
@@ -159,10 +187,3 @@ def _check_norm_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.
     # r' is read again after the first norm has been written
     if norm is residual or (not torch.compiler.is_compiling() and norm.is_set_to(residual)):
         raise ValueError("out.norm: expected another tensor than out.residual, got the same")
-
-
-def _copy_to(out: AddRMSNormQuant, result: AddRMSNormQuant) -> AddRMSNormQuant:
-    for to, value in zip(out[:4], result[:4], strict=True):
-        if to is not None and value is not None:
-            to.copy_(value)
-    return out

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from fusedcomm.native import empty_quant
-from fusedcomm.ops import reference
 from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_scale_layout, check_x
-from fusedcomm.ops.dispatch import local_backend
+from fusedcomm.ops.dispatch import local_operators
+from fusedcomm.ops.operators import Operators
 from fusedcomm.ops.types import GroupQuant, ScaleLayout
 
 
@@ -75,16 +75,20 @@ def per_group_quant_fp8(
     x = x.contiguous()
     if out is not None:
         check_quant_out(x, group_size, scale_layout, fp8_dtype, out)
-    if local_backend(x.device.type) == "torch":
-        result = reference.per_group_quant_fp8(x, group_size=group_size, scale_layout=scale_layout, fp8_dtype=fp8_dtype)
-        if out is None:
-            return result
-        out.fp8.copy_(result.fp8)
-        out.scale.copy_(result.scale)
-        return GroupQuant(out.fp8, out.scale, scale_layout)
+    return run_per_group_quant_fp8(local_operators(x.device.type), x, group_size, scale_layout, fp8_dtype, out)
+
+
+def run_per_group_quant_fp8(
+    operators: Operators,
+    x: torch.Tensor,
+    group_size: int,
+    scale_layout: ScaleLayout,
+    fp8_dtype: torch.dtype,
+    out: GroupQuant | None = None,
+) -> GroupQuant:
+    """per_group_quant_fp8 of a contiguous x, by given operators and without checks."""
     if out is None:
         flags = layout_flags(scale_layout, fp8_dtype)
-        fp8, scale = torch.ops.fusedcomm.per_group_quant_fp8.default(x, group_size, *flags)
-        return GroupQuant(fp8, scale, scale_layout)
-    torch.ops.fusedcomm.per_group_quant_fp8_out.default(x, group_size, out.fp8, out.scale)
+        return GroupQuant(*operators.per_group_quant_fp8(x, group_size, *flags), scale_layout)
+    operators.per_group_quant_fp8_out(x, group_size, out.fp8, out.scale)
     return GroupQuant(out.fp8, out.scale, scale_layout)

@@ -1,0 +1,222 @@
+"""The Triton kernels behind functions of the names and signatures of the compiled operators.
+
+Arguments have been checked and are contiguous. Whatever writes goes through torch operators
+(``torch.ops.fusedcomm_triton``), so that torch.compile and fake tensors take it as they take the compiled library.
+They are registered by hand: the dispatcher's way to Python costs four microseconds, where ``torch.library.custom_op``
+costs tens.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from fusedcomm import kernels
+from fusedcomm.kernels.norm import rms_norm_kernel, rms_norm_quant_kernel
+from fusedcomm.kernels.quant import group_quant_kernel
+from fusedcomm.native import empty_quant
+from fusedcomm.platform import device_facts
+
+_MIN_BLOCK = 128
+_QUANT_BLOCK = 4096  # elements that a program quantises
+_ELEMENTS_A_THREAD = 16  # two loads of 16 bytes in bf16
+_MAX_THREADS = 1024
+
+
+# ---- the operators ----
+
+
+def _rms_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    norm: torch.Tensor,
+    residual_out: torch.Tensor | None,
+) -> None:
+    hidden = x.shape[-1]
+    block = max(triton.next_power_of_2(hidden), _MIN_BLOCK)
+    arguments = (x, residual, weight, norm, residual_out, eps, weight_bias)
+    _launch(rms_norm_kernel, (_num_rows(x), 1), x.device, block, *arguments, HIDDEN=hidden)
+
+
+def _rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    group_size: int,
+    fp8: torch.Tensor,
+    scale: torch.Tensor,
+    residual_out: torch.Tensor,
+    norm: torch.Tensor | None,
+) -> None:
+    hidden = x.shape[-1]
+    block = max(triton.next_power_of_2(hidden), 4 * group_size)
+    arguments = (x, residual, weight, norm, residual_out, fp8.view(torch.uint8), scale, *_strides(scale))
+    options = _quant_options(hidden, group_size, fp8, scale)
+    _launch(rms_norm_quant_kernel, (_num_rows(x), 1), x.device, block, *arguments, eps, weight_bias, **options)
+
+
+def _group_quant(x: torch.Tensor, group_size: int, fp8: torch.Tensor, scale: torch.Tensor) -> None:
+    hidden = x.shape[-1]
+    block = max(min(triton.next_power_of_2(hidden), _QUANT_BLOCK), 4 * group_size)
+    grid = (_num_rows(x), triton.cdiv(hidden, block))
+    arguments = (x, fp8.view(torch.uint8), scale, *_strides(scale))
+    options = _quant_options(hidden, group_size, fp8, scale)
+    _launch(group_quant_kernel, grid, x.device, block, *arguments, **options)
+
+
+def _nothing(*args: object) -> None:
+    """What an operator that only writes to tensors of its caller makes of fake ones."""
+
+
+_library = torch.library.Library("fusedcomm_triton", "DEF")
+for _function, _schema in (
+    (
+        _rms_norm,
+        "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
+        "Tensor(a!) norm, Tensor(b!)? residual_out) -> ()",
+    ),
+    (
+        _rms_norm_quant,
+        "rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, int group_size, "
+        "Tensor(a!) fp8, Tensor(b!) scale, Tensor(c!) residual_out, Tensor(d!)? norm) -> ()",
+    ),
+    (_group_quant, "group_quant(Tensor x, int group_size, Tensor(a!) fp8, Tensor(b!) scale) -> ()"),
+):
+    _name = _library.define(_schema)
+    _library.impl(_name, _function, "CUDA")  # HIP's key too
+    if kernels.available("cpu"):
+        _library.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"fusedcomm_triton::{_name}", _nothing, lib=_library)
+
+
+# ---- launching ----
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, int], device: torch.device, block: int, *arguments: Any, **options: Any
+) -> None:
+    if 0 in grid:
+        return
+    lanes = 64 if torch.version.hip else 32
+    num_warps = min(max(block // (_ELEMENTS_A_THREAD * lanes), 1), _MAX_THREADS // lanes)
+    options = {"BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False, **options}
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **options)
+        return
+    with torch.cuda.device(device):  # Triton launches on the current device and its current stream
+        kernel[grid](*arguments, **options)
+
+
+def _num_rows(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _strides(scale: torch.Tensor) -> tuple[int, int]:
+    """How far apart the scales of two rows and of two groups lie; row-major scales have the dimensions of x."""
+    return (scale.shape[-1], 1) if scale.is_contiguous() else (scale.stride(0), scale.stride(1))
+
+
+def _quant_options(hidden: int, group_size: int, fp8: torch.Tensor, scale: torch.Tensor) -> dict[str, int]:
+    return {
+        "HIDDEN": hidden,
+        "GROUP_SIZE": group_size,
+        "PACKED": scale.dtype is torch.int32,
+        "FNUZ": fp8.dtype is torch.float8_e4m3fnuz,
+        "HARDWARE_FP8": _converts_to(fp8.dtype, fp8.device),
+    }
+
+
+@functools.cache
+def _converts_to(fp8: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton converts fp32 to this format by an instruction of the device; on gfx950 it does not use it."""
+    arch = device_facts(device).arch
+    if fp8 is torch.float8_e4m3fnuz:
+        return arch == "gfx942"
+    return arch.startswith("sm_") and int(arch[3:]) >= 89
+
+
+# ---- as the compiled operators ----
+
+
+def rms_norm_out(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float, out: torch.Tensor) -> None:
+    torch.ops.fusedcomm_triton.rms_norm.default(x, None, weight, eps, weight_bias, out, None)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float) -> torch.Tensor:
+    out = torch.empty_like(x)
+    rms_norm_out(x, weight, eps, weight_bias, out)
+    return out
+
+
+def fused_add_rms_norm_out(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    norm: torch.Tensor,
+    residual_out: torch.Tensor,
+) -> None:
+    torch.ops.fusedcomm_triton.rms_norm.default(x, residual, weight, eps, weight_bias, norm, residual_out)
+
+
+def fused_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, weight_bias: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    norm, residual_out = torch.empty_like(x), torch.empty_like(x)
+    fused_add_rms_norm_out(x, residual, weight, eps, weight_bias, norm, residual_out)
+    return norm, residual_out
+
+
+def fused_add_rms_norm_quant_out(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    group_size: int,
+    fp8: torch.Tensor,
+    scale: torch.Tensor,
+    residual_out: torch.Tensor,
+    norm: torch.Tensor | None,
+) -> None:
+    torch.ops.fusedcomm_triton.rms_norm_quant.default(
+        x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, norm
+    )
+
+
+def fused_add_rms_norm_quant(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    group_size: int,
+    column_major: bool,
+    packed: bool,
+    fnuz: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    fp8, scale = empty_quant(x, group_size, column_major, packed, fnuz)
+    residual_out = torch.empty_like(x)
+    fused_add_rms_norm_quant_out(x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, None)
+    return fp8, scale, residual_out
+
+
+def per_group_quant_fp8_out(x: torch.Tensor, group_size: int, fp8: torch.Tensor, scale: torch.Tensor) -> None:
+    torch.ops.fusedcomm_triton.group_quant.default(x, group_size, fp8, scale)
+
+
+def per_group_quant_fp8(
+    x: torch.Tensor, group_size: int, column_major: bool, packed: bool, fnuz: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    fp8, scale = empty_quant(x, group_size, column_major, packed, fnuz)
+    per_group_quant_fp8_out(x, group_size, fp8, scale)
+    return fp8, scale
