@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,5 +50,5 @@ def _gpu_facts(index: int) -> DeviceFacts:
         arch = properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-    uuid = bytes(properties.uuid.bytes)[:16].ljust(16, b"\0")
-    return DeviceFacts(arch, properties.name, uuid, properties.multi_processor_count)
+    identity: Any = properties.uuid  # an object that torch's stubs take for text
+    return DeviceFacts(arch, properties.name, bytes(identity.bytes), properties.multi_processor_count)
