@@ -11,7 +11,7 @@ PACKAGE = Path(fusedcomm.__file__).parent
 # From the ground up. A package may import itself and what stands on lower lines.
 LAYERS = [
     {"errors"},
-    {"env", "native", "platform"},
+    {"aiter_package", "env", "native", "platform"},
     {"kernels"},
     {"ops"},
     {"comm"},
