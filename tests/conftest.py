@@ -62,7 +62,18 @@ def mpiexec() -> str:
     return path
 
 
-def pytest_configure() -> None:
-    """A run started in the background ignores SIGINT, and so would every rank that inherits it."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/gpu; launch/test --gpu passes them on."""
+    group = parser.getgroup("tests/gpu")
+    group.addoption("--gpus", type=int, help="use this many GPUs (default: all there are)")
+    group.addoption("--worlds", help="these only, as ranks/GPUs: 4/4,8/4")
+    group.addoption("--on-cpu", action="store_true", help="run on CPU ranks what does not need a GPU (tests the tests)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Also: a run started in the background ignores SIGINT, and so would every rank that inherits it."""
+    config.addinivalue_line("markers", "smoke: the core of tests/gpu, in a minute")
+    config.addinivalue_line("markers", "worlds(which): on which jobs of ranks a GPU test runs (tests/gpu/conftest.py)")
+    config.addinivalue_line("markers", "needs_cuda: cannot run on CPU ranks (--on-cpu)")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
