@@ -44,6 +44,10 @@ def _divided(x: torch.Tensor, by: float) -> torch.Tensor:
     return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 @dataclass(frozen=True)
 class Options:
     """Arguments of an operation besides tensors; those that it does not take are ignored."""
@@ -98,11 +102,11 @@ def quantised(y: torch.Tensor, options: Options) -> dict[str, torch.Tensor]:
         biased = torch.where(finite, exponent + 127, torch.full_like(exponent, 255))
         scale = torch.where(finite, (biased << 23).view(torch.float32), torch.nan)
         biased = biased.to(torch.int64)
-        biased = torch.nn.functional.pad(biased.flatten(0, -2), (0, -biased.shape[-1] % 4)).unflatten(-1, (-1, 4))
+        biased = torch.nn.functional.pad(_rows(biased), (0, -biased.shape[-1] % 4)).unflatten(-1, (-1, 4))
         shifts = torch.tensor([0, 8, 16, 24], device=y.device)
         stored = (biased << shifts).sum(-1).to(torch.int32)  # bytes 0 to 3 of a word
     elif options.scale_layout is ScaleLayout.COLUMN_MAJOR:
-        stored = scale.flatten(0, -2)
+        stored = _rows(scale)
     q = (groups / scale.unsqueeze(-1)).clamp(-limit, limit).to(options.fp8_dtype)
     return {"fp8": q.flatten(-2), "scale": stored}
 
