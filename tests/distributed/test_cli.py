@@ -85,7 +85,7 @@ def test_doctor_reports_ranks_that_fail() -> None:
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_bench(launcher: str, tmp_path: Path, mpiexec: str) -> None:
-    sizes = ["--tp", "2", "--tokens", "1,3", "--hidden", "256", "--rounds", "1", "--batch-ms", "1"]
+    sizes = ["--device", "cpu", "--tp", "2", "--tokens", "1,3", "--hidden", "256", "--rounds", "1", "--batch-ms", "1"]
     files = ["--json", str(tmp_path / "b" / "r.jsonl"), "--plot", str(tmp_path / "b.png")]
     done = run("bench", "collectives", *sizes, *files, "--vary", "spins=0", "--launcher", launcher)
     assert done.returncode == 0, done.stderr

@@ -242,11 +242,12 @@ def test_report_and_plot(tmp_path: Path) -> None:
         (["--peers", "nccl"], "--peers: expected names of peers, got nccl"),
         (["--ops", "all_gather"], "--ops: expected all_reduce or"),
         (["--hidden", "100"], "--hidden: expected a multiple of 128, got 100"),
+        (["--hidden", "256,512"], "--hidden: expected one row length on CPU, got 2"),
         (["--rounds", "0"], "--rounds"),
     ],
 )
 def test_bad_input_starts_no_ranks(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "collectives", *arguments]) == 2
+    assert main(["bench", "collectives", "--device", "cpu", *arguments]) == 2
     assert f"fusedcomm bench: {message}" in capsys.readouterr().err
 
 
@@ -255,6 +256,6 @@ def test_bad_input_starts_no_ranks(arguments: list[str], message: str, capsys: p
 )
 def test_bad_numbers(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        main(["bench", "collectives", *arguments])
+        main(["bench", "collectives", "--device", "cpu", *arguments])
     assert exit_.value.code == 2
     assert "expected" in capsys.readouterr().err

@@ -30,18 +30,25 @@ class Case:
 class Inputs:
     """One rank's partial sums, residual and weight, and the results by the reference in torch."""
 
-    def __init__(self, case: Case, rank: int, world_size: int) -> None:
+    def __init__(
+        self, case: Case, rank: int, world_size: int, device: torch.device | str = "cpu", seed: int = 0
+    ) -> None:
+        """``seed``: of another set of rows with the same weight; ranks that pass the same one belong together.
+
+        Every rank makes all ranks' rows; on GPUs that takes the same model of GPU on all of them.
+        """
         self.case = case
         self.world_size = world_size
         shape = (case.tokens, case.hidden)
-        self.x = _random(shape, case.dtype, seed=rank)
-        self.residual = _random(shape, case.dtype, seed=1000 + rank)
-        self.weight = 1 + 0.1 * _random((case.hidden,), torch.float32, seed=2000)
+        first = 10_000 * seed
+        self.x = _random(shape, case.dtype, first + rank, device)
+        self.residual = _random(shape, case.dtype, first + 1000 + rank, device)
+        self.weight = 1 + 0.1 * _random((case.hidden,), torch.float32, 2000, device)
         self.weight = self.weight.to(case.dtype)
         # the sum in fp32 and rank order, rounded once
-        total, self.magnitude = torch.zeros(shape), torch.zeros(shape)
+        total, self.magnitude = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
         for r in range(world_size):
-            part = _random(shape, case.dtype, seed=r).float()
+            part = _random(shape, case.dtype, first + r, device).float()
             total += part
             self.magnitude += part.abs()
         self.sum = total.to(case.dtype)
@@ -65,6 +72,20 @@ class Inputs:
         bound = self.world_size * torch.finfo(self.case.dtype).eps * self.magnitude
         _check_close("sum", got, self.sum, bound)
 
+    def check_norm_equal(self, norm: torch.Tensor, residual: torch.Tensor) -> None:
+        for name, got in (("residual", residual), ("norm", norm)):
+            if not torch.equal(got, getattr(self.result, name)):
+                raise WrongResultError(f"{name}: differs from the reference")
+
+    def check_norm_close(self, norm: torch.Tensor, residual: torch.Tensor) -> None:
+        """For sums that were rounded in between."""
+        bound = self._residual_bound()
+        _check_close("residual", residual, self.result.residual, bound)
+        expected = self.result.norm
+        assert expected is not None  # it is asked for where the result is made
+        # a row's root mean square is about sqrt(W + 1) and weights are near 1, so norming magnifies no error
+        _check_close("norm", norm, expected, bound + 0.02 * expected.float().abs())
+
     def check_result_equal(self, got: AddRMSNormQuant) -> None:
         expected = self.result
         for name in ("residual", "scale"):
@@ -75,16 +96,18 @@ class Inputs:
 
     def check_result_close(self, fp8: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor) -> None:
         """For sums that were rounded in between: an element of fp8 may be two steps (1/8 each) off."""
-        bound = (
-            (self.world_size + 1) * torch.finfo(self.case.dtype).eps * (self.magnitude + self.residual.float().abs())
-        )
-        _check_close("residual", residual, self.result.residual, bound)
+        _check_close("residual", residual, self.result.residual, self._residual_bound())
         expected = _dequantize(self.result.fp8, self.result.scale)
         _check_close("fp8 * scale", _dequantize(fp8, scale), expected, 0.25 * expected.abs() + 0.25)
 
+    def _residual_bound(self) -> torch.Tensor:
+        eps = torch.finfo(self.case.dtype).eps
+        return (self.world_size + 1) * eps * (self.magnitude + self.residual.float().abs())
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: torch.device | str) -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
 
 
 def _dequantize(fp8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

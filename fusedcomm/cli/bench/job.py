@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -14,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 import fusedcomm
-from fusedcomm.comm.tuning import Tuning, choose_tuning, slot_bytes
-from fusedcomm.groups import bootstrap, coordinator
+from fusedcomm.comm.tuning import Tuning, slot_bytes
+from fusedcomm.groups import bootstrap
 
 FORCING: dict[str, dict[str, Any]] = {
     "fused": {},
@@ -43,12 +45,28 @@ def check_tuning(overrides: Mapping[str, int]) -> None:
 def tuned(**overrides: int) -> Iterator[None]:
     """Groups made inside take these values instead of the fields of their Tuning; on all ranks alike."""
     check_tuning(overrides)
-
-    def choose(*arguments: Any, **options: Any) -> Tuning:
-        return dataclasses.replace(choose_tuning(*arguments, **options), **overrides)
-
-    with mock.patch.object(coordinator, "choose_tuning", choose):
+    with contextlib.ExitStack() as patches:
+        for name in ("choose_tuning", "choose_gpu_tuning"):
+            for module in _modules_with(name):
+                patches.enter_context(mock.patch.object(module, name, _overriding(getattr(module, name), overrides)))
         yield
+
+
+def _modules_with(name: str) -> list[ModuleType]:
+    """Where a group may look a function of fusedcomm.comm.tuning up."""
+    modules = [
+        module for path, module in sys.modules.items() if path.startswith(("fusedcomm.groups.", "fusedcomm.comm."))
+    ]
+    return [module for module in modules if hasattr(module, name)]
+
+
+def _overriding(choose: Callable[..., Any], overrides: Mapping[str, int]) -> Callable[..., Any]:
+    def chosen(*arguments: Any, **options: Any) -> Any:
+        tuning = choose(*arguments, **options)
+        own = {f.name for f in dataclasses.fields(tuning)}  # a GPU's has fewer
+        return dataclasses.replace(tuning, **{k: v for k, v in overrides.items() if k in own})
+
+    return chosen
 
 
 class Job:
@@ -99,7 +117,7 @@ class Job:
     def slab_bytes(self) -> int:
         """Shared memory of one rank of a group with the default settings; 0 without the native library."""
         library = fusedcomm.native.load()
-        return 0 if library is None else int(library.segment_bytes(slot_bytes(self.group.settings.buffer_mb)))
+        return 0 if library is None else int(library.segment_bytes(slot_bytes(self.group.settings.buffer_mb_on("cpu"))))
 
     def close(self) -> None:
         for group in self._groups.values():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusedcomm import native
 
-PACKAGES = ("fusedcomm", "torch", "mpi4py", "mpich", "numpy")
+PACKAGES = ("fusedcomm", "torch", "mpi4py", "mpich", "numpy", "triton", "flashinfer-python", "apache-tvm-ffi")
 
 
 def describe_machine() -> dict[str, object]:

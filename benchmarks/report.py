@@ -1,0 +1,29 @@
+"""Shows recorded results again: ``python benchmarks/report.py FILE.jsonl… [--markdown] [--plot FILE.png]``."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from fusedcomm.cli.bench.gpu.markdown import collectives_tables, decode_tables
+from fusedcomm.cli.bench.report import print_report, read_records, save_plot
+
+
+def main() -> None:
+    """Prints the report of all files together, as the benchmark that wrote them would."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE.jsonl")
+    parser.add_argument("--markdown", action="store_true", help="the README's tables (GPUs)")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png")
+    arguments = parser.parse_args()
+    records = [record for file in arguments.files for record in read_records(file)]
+    if arguments.markdown:
+        print("\n\n".join(filter(None, [collectives_tables(records), decode_tables(records)])))
+    else:
+        print_report(records, Console(width=200))
+    if arguments.plot:
+        save_plot(records, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
