@@ -6,19 +6,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <vector>
 
 namespace fusedcomm {
 
-using cpu::DType;
-using cpu::Fp8Format;
-using cpu::NormTarget;
-using cpu::QuantTarget;
 using torch::headeronly::ScalarType;
 
 DType dtype_of(const Tensor& t) {
@@ -45,11 +38,22 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// Uninitialised, of these sizes; strides are in elements.
-Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
+bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t types[2] = {}, indices[2] = {};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(a.get(), &indices[0]));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(b.get(), &indices[1]));
+  return types[0] == types[1] && indices[0] == indices[1];
+}
+
+// Uninitialised, of these sizes, on x's device; strides are in elements.
+Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
+  int32_t type = 0, index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, type, index, &handle));
   return Tensor(handle);
 }
 
@@ -66,39 +70,7 @@ Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return empty_strided(sizes, strides, dim, dtype);
-}
-
-// fp32(weight) + bias in scratch memory of this thread, valid until its next call.
-const float* biased_weight(const Tensor& weight, double bias, int64_t hidden) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous() && weight.dim() == 1 && weight.size(0) == hidden,
-                  "weight: expected [H]");
-  static thread_local std::vector<float> scratch;
-  scratch.resize(size_t(hidden));
-  const void* p = weight.const_data_ptr();
-  switch (dtype_of(weight)) {
-    case DType::kFloat: {
-      const float* w = static_cast<const float*>(p);
-      for (int64_t i = 0; i < hidden; ++i) scratch[size_t(i)] = w[i] + float(bias);
-      break;
-    }
-    case DType::kBFloat16: {
-      const uint16_t* w = static_cast<const uint16_t*>(p);
-      for (int64_t i = 0; i < hidden; ++i) {
-        const uint32_t bits = uint32_t(w[i]) << 16;
-        float value;
-        std::memcpy(&value, &bits, sizeof(value));
-        scratch[size_t(i)] = value + float(bias);
-      }
-      break;
-    }
-    case DType::kHalf: {
-      const torch::headeronly::Half* w = static_cast<const torch::headeronly::Half*>(p);
-      for (int64_t i = 0; i < hidden; ++i) scratch[size_t(i)] = float(w[i]) + float(bias);
-      break;
-    }
-  }
-  return scratch.data();
+  return empty_strided(x, sizes, strides, dim, dtype);
 }
 
 void check_group_size(const Shape& shape, int64_t group_size) {
@@ -114,8 +86,9 @@ Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::co
 std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : t; }
 
 void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == x.scalar_type() && same_shape(t, x), name,
-                  ": expected a contiguous CPU tensor like x");
+  STD_TORCH_CHECK(
+      same_device(t, x) && t.is_contiguous() && t.scalar_type() == x.scalar_type() && same_shape(t, x), name,
+      ": expected a contiguous tensor like x");
 }
 
 Tensor new_like(const Tensor& x) {
@@ -132,46 +105,49 @@ void check_overlap(const char* name, const Tensor& t, const Tensor& x) {
 }
 
 Shape shape_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.dim() >= 1, "x: expected a contiguous CPU tensor [..., H]");
+  STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 1, "x: expected a contiguous tensor [..., H]");
   const int64_t hidden = x.size(x.dim() - 1);
   return {hidden == 0 ? 0 : x.numel() / hidden, hidden};
 }
 
-NormTarget norm_target(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
-                       double weight_bias, const std::optional<Tensor>& norm,
-                       const std::optional<Tensor>& residual_out) {
-  const Shape shape = shape_of(x);
-  STD_TORCH_CHECK(shape.hidden >= 1 && shape.hidden <= cpu::kMaxNormHidden, "x: expected H between 1 and 32768");
+NormTensors norm_tensors(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
+                         double weight_bias, const std::optional<Tensor>& norm,
+                         const std::optional<Tensor>& residual_out) {
+  NormTensors t;
+  t.shape = shape_of(x);
+  STD_TORCH_CHECK(t.shape.hidden >= 1 && t.shape.hidden <= kMaxNormHidden, "x: expected H between 1 and 32768");
   STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
                   "weight: expected the dtype of x or float32");
+  STD_TORCH_CHECK(
+      same_device(weight, x) && weight.is_contiguous() && weight.dim() == 1 && weight.size(0) == t.shape.hidden,
+      "weight: expected [H]");
   STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0.0 && std::isfinite(weight_bias), "eps: expected a number >= 0");
-  NormTarget target;
   if (residual) {
     check_like("residual", *residual, x);
-    target.residual = residual->const_data_ptr();
+    t.residual = residual->const_data_ptr();
   }
   if (residual_out) {
     check_like("residual_out", *residual_out, x);
-    target.residual_out = residual_out->mutable_data_ptr();
+    t.residual_out = residual_out->mutable_data_ptr();
   }
   if (norm) {
     check_like("norm", *norm, x);
-    target.norm = norm->mutable_data_ptr();
+    t.norm = norm->mutable_data_ptr();
   }
-  target.weight = biased_weight(weight, weight_bias, shape.hidden);
-  target.eps = float(eps);
-  target.hidden = shape.hidden;
-  return target;
+  t.weight = weight.const_data_ptr();
+  t.weight_dtype = dtype_of(weight);
+  return t;
 }
 
-QuantTarget quant_target(const Shape& shape, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
+QuantTarget quant_target(const Tensor& x, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
+  const Shape shape = shape_of(x);
   check_group_size(shape, group_size);
-  STD_TORCH_CHECK(fp8.is_cpu() && fp8.is_contiguous() && fp8.numel() == shape.rows * shape.hidden,
-                  "fp8: expected a contiguous CPU tensor of x's shape");
+  STD_TORCH_CHECK(same_device(fp8, x) && fp8.is_contiguous() && fp8.numel() == shape.rows * shape.hidden,
+                  "fp8: expected a contiguous tensor of x's shape");
   const bool packed = scale.scalar_type() == ScalarType::Int;
   const int64_t groups = shape.hidden / group_size;
   const int64_t columns = packed ? (groups + 3) / 4 : groups;
-  STD_TORCH_CHECK(scale.is_cpu() && (packed || scale.scalar_type() == ScalarType::Float) && scale.dim() >= 1 &&
+  STD_TORCH_CHECK(same_device(scale, x) && (packed || scale.scalar_type() == ScalarType::Float) && scale.dim() >= 1 &&
                       scale.numel() == shape.rows * columns && scale.size(scale.dim() - 1) == columns,
                   "scale: expected one fp32 value a group, or one int32 word for four");
   QuantTarget target;
@@ -206,7 +182,7 @@ Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bo
   if (!column_major && !packed) return {fp8, new_like(x, aoti_torch_dtype_float32(), groups)};
   const int64_t sizes[] = {shape.rows, packed ? (groups + 3) / 4 : groups};
   const int64_t strides[] = {1, (shape.rows + 3) / 4 * 4};
-  return {fp8, empty_strided(sizes, strides, 2, packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32())};
+  return {fp8, empty_strided(x, sizes, strides, 2, packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32())};
 }
 
 }  // namespace fusedcomm

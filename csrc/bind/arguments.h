@@ -6,19 +6,19 @@
 #include <cstdint>
 #include <optional>
 
-#include "cpu/kernels.h"
+#include "fusedcomm/types.h"
 
 namespace fusedcomm {
 
 using torch::stable::Tensor;
 
-cpu::DType dtype_of(const Tensor& t);
+DType dtype_of(const Tensor& t);
 
 // Inputs may have any strides; outputs may not.
 Tensor dense(const Tensor& t);
 std::optional<Tensor> dense(const std::optional<Tensor>& t);
 
-// Raises unless t is a contiguous CPU tensor of x's shape and dtype.
+// Raises unless t is a contiguous tensor of x's shape and dtype on its device.
 void check_like(const char* name, const Tensor& t, const Tensor& x);
 
 // Rows of the last dimension.
@@ -42,12 +42,21 @@ struct Quantized {
 // Uninitialised outputs of a quantising operator; the flags are those of ScaleLayout in fusedcomm/ops/types.py.
 Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bool packed, bool fnuz);
 
-// The pointers are valid as long as the tensors, and the weight until the next call on this thread.
-cpu::NormTarget norm_target(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
-                            double weight_bias, const std::optional<Tensor>& norm,
-                            const std::optional<Tensor>& residual_out);
+// The memory of a norm's tensors, which are checked against x; valid as long as they are.
+struct NormTensors {
+  const void* residual = nullptr;
+  void* residual_out = nullptr;
+  void* norm = nullptr;
+  const void* weight = nullptr;
+  DType weight_dtype = DType::kFloat;
+  Shape shape = {0, 0};
+};
+
+NormTensors norm_tensors(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
+                         double weight_bias, const std::optional<Tensor>& norm,
+                         const std::optional<Tensor>& residual_out);
 
 // The scale's dtype and strides say its layout: fp32 with any strides, or int32 words of four UE8M0 exponents.
-cpu::QuantTarget quant_target(const Shape& shape, int64_t group_size, const Tensor& fp8, const Tensor& scale);
+QuantTarget quant_target(const Tensor& x, int64_t group_size, const Tensor& fp8, const Tensor& scale);
 
 }  // namespace fusedcomm

@@ -3,10 +3,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "bind/arguments.h"
 #include "bind/control.h"
@@ -14,10 +17,8 @@
 
 namespace fusedcomm {
 
-using cpu::DType;
 using cpu::Kernels;
 using cpu::NormTarget;
-using cpu::QuantTarget;
 using cpu::Sources;
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void* context, void (*body)(void*, int64_t, int64_t)) {
@@ -35,6 +36,50 @@ void for_rows(const Shape& shape, const Body& body) {
   } else {
     torch::stable::parallel_for(0, shape.rows, grain, body);
   }
+}
+
+// fp32(weight) + bias in scratch memory of this thread, valid until its next call.
+const float* biased_weight(DType dtype, const void* weight, double bias, int64_t hidden) {
+  static thread_local std::vector<float> scratch;
+  scratch.resize(size_t(hidden));
+  switch (dtype) {
+    case DType::kFloat: {
+      const float* w = static_cast<const float*>(weight);
+      for (int64_t i = 0; i < hidden; ++i) scratch[size_t(i)] = w[i] + float(bias);
+      break;
+    }
+    case DType::kBFloat16: {
+      const uint16_t* w = static_cast<const uint16_t*>(weight);
+      for (int64_t i = 0; i < hidden; ++i) {
+        const uint32_t bits = uint32_t(w[i]) << 16;
+        float value;
+        std::memcpy(&value, &bits, sizeof(value));
+        scratch[size_t(i)] = value + float(bias);
+      }
+      break;
+    }
+    case DType::kHalf: {
+      const torch::headeronly::Half* w = static_cast<const torch::headeronly::Half*>(weight);
+      for (int64_t i = 0; i < hidden; ++i) scratch[size_t(i)] = float(w[i]) + float(bias);
+      break;
+    }
+  }
+  return scratch.data();
+}
+
+// The weight is valid until the next call on this thread.
+NormTarget norm_target(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
+                       double weight_bias, const std::optional<Tensor>& norm,
+                       const std::optional<Tensor>& residual_out) {
+  const NormTensors t = norm_tensors(x, residual, weight, eps, weight_bias, norm, residual_out);
+  NormTarget target;
+  target.residual = t.residual;
+  target.residual_out = t.residual_out;
+  target.norm = t.norm;
+  target.weight = biased_weight(t.weight_dtype, t.weight, weight_bias, t.shape.hidden);
+  target.eps = float(eps);
+  target.hidden = t.shape.hidden;
+  return target;
 }
 
 // norm (and quantise) rows of x, which has been summed already
@@ -83,7 +128,7 @@ void fused_add_rms_norm_quant_out(Tensor x, std::optional<Tensor> residual, Tens
                                   std::optional<Tensor> norm) {
   x = dense(x), residual = dense(residual), weight = dense(weight);
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
-  target.quant = quant_target(shape_of(x), group_size, fp8, scale);
+  target.quant = quant_target(x, group_size, fp8, scale);
   local_norm(x, target);
 }
 
@@ -101,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> fused_add_rms_norm_quant(Tensor x, std::optio
 void per_group_quant_fp8_out(Tensor x, int64_t group_size, Tensor fp8, Tensor scale) {
   x = dense(x);
   const Shape shape = shape_of(x);
-  const QuantTarget target = quant_target(shape, group_size, fp8, scale);
+  const QuantTarget target = quant_target(x, group_size, fp8, scale);
   const auto quant = cpu::find_kernels(dtype_of(x))->quant[int(target.format)];
   const void* const rows = x.const_data_ptr();
   for_rows(shape, [&](int64_t begin, int64_t end) { quant(rows, shape.hidden, target, begin, end - begin); });
@@ -152,7 +197,7 @@ bool comm_allreduce_rmsnorm_quant_out(int64_t comm, Tensor x, std::optional<Tens
                                       Tensor residual_out, std::optional<Tensor> norm) {
   x = dense(x), residual = dense(residual), weight = dense(weight);
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
-  target.quant = quant_target(shape_of(x), group_size, fp8, scale);
+  target.quant = quant_target(x, group_size, fp8, scale);
   return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
 }
 

@@ -1,0 +1,351 @@
+// Everything in which CUDA and HIP differ. The rest of csrc/gpu is written once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#if defined(__HIP__)
+
+#include <hip/hip_runtime.h>
+#define FUSEDCOMM_HIP 1
+#define FUSEDCOMM_RT(name) hip##name  // the runtime's functions and types
+#define __grid_constant__
+
+#else
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+#define FUSEDCOMM_RT(name) cuda##name
+
+#endif
+
+namespace fusedcomm::gpu {
+
+// What a thread moves at a time.
+struct alignas(16) Vec {
+  uint32_t w[4];
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+#if defined(FUSEDCOMM_HIP)
+
+#if defined(__gfx942__)
+constexpr bool kFp8IsFnuz = true;
+#else
+constexpr bool kFp8IsFnuz = false;
+#endif
+constexpr int kWarpSize = 64;
+
+// System scope: past the caches that other GPUs do not see (sc0 sc1). The memory is fine-grained or uncached.
+__device__ inline Vec load_flagged(const Vec* p) {
+  const uint64_t* q = reinterpret_cast<const uint64_t*>(p);
+  const uint64_t a = __hip_atomic_load(q, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+  const uint64_t b = __hip_atomic_load(q + 1, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+  return {{uint32_t(a), uint32_t(a >> 32), uint32_t(b), uint32_t(b >> 32)}};
+}
+
+// One 16-byte store: two of 8 bytes would send each 64-byte line over the link twice.
+__device__ inline void store_flagged(Vec* p, const Vec& v) {
+  typedef uint32_t Words __attribute__((ext_vector_type(4)));
+  const Words words = {v.w[0], v.w[1], v.w[2], v.w[3]};
+  asm volatile("global_store_dwordx4 %0, %1, off sc0 sc1" ::"v"(p), "v"(words) : "memory");
+}
+
+__device__ inline uint32_t load_host(const uint32_t* p) {
+  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
+}
+__device__ inline void store_host(uint32_t* p, uint32_t v) {
+  __hip_atomic_store(p, v, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_SYSTEM);
+}
+
+template <class V>
+__device__ inline V shuffle_xor(V v, int mask) {
+  return __shfl_xor(v, mask, kWarpSize);
+}
+
+// Constant frequency: see ticks_per_second() of device.h.
+__device__ inline uint64_t ticks() { return __builtin_amdgcn_s_memrealtime(); }
+__device__ inline void pause() { __builtin_amdgcn_s_sleep(1); }
+
+__device__ inline void wait_for_previous_kernel() {}
+__device__ inline void let_next_kernel_start() {}
+
+// No clusters of blocks: each is one by itself.
+__device__ inline int blocks_in_cluster() { return 1; }
+__device__ inline int rank_in_cluster() { return 0; }
+__device__ inline float* in_block_of_cluster(float* shared, int) { return shared; }
+__device__ inline void cluster_barrier() { __syncthreads(); }
+
+__device__ inline float divide(float a, float b) { return a / b; }  // correctly rounded: clang's default for HIP
+__device__ inline float square_root(float a) { return __builtin_sqrtf(a); }
+__device__ inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+// NaN as on other devices, whatever its sign and payload were.
+__device__ inline float plain_nan(float x) { return x != x ? __uint_as_float(0x7fff0000u) : x; }
+
+__device__ inline uint32_t pack_bf16(float a, float b) {
+  typedef float Floats __attribute__((ext_vector_type(2)));
+  typedef __bf16 BFloats __attribute__((ext_vector_type(2)));
+  const Floats pair = {plain_nan(a), plain_nan(b)};
+  return __builtin_bit_cast(uint32_t, __builtin_convertvector(pair, BFloats));
+}
+
+__device__ inline uint32_t pack_half(float a, float b) {
+  const _Float16 h[2] = {_Float16(a), _Float16(b)};
+  return __builtin_bit_cast(uint32_t, h);
+}
+__device__ inline void unpack_half(uint32_t w, float& a, float& b) {
+  struct Pair {
+    _Float16 a, b;
+  };
+  const Pair pair = __builtin_bit_cast(Pair, w);
+  a = float(pair.a);
+  b = float(pair.b);
+}
+
+// Four values in [-max, max] or NaN. The instruction rounds to nearest even in the format of its chip: FNUZ on gfx942,
+// OCP on gfx950.
+__device__ inline uint32_t pack_fp8(float a, float b, float c, float d) {
+  int word = __builtin_amdgcn_cvt_pk_fp8_f32(plain_nan(a), plain_nan(b), 0, false);
+  word = __builtin_amdgcn_cvt_pk_fp8_f32(plain_nan(c), plain_nan(d), word, true);
+  return uint32_t(word);
+}
+
+#else  // CUDA
+
+constexpr bool kFp8IsFnuz = false;
+constexpr int kWarpSize = 32;
+
+// Each 32-bit word arrives whole; nothing is assumed of the order of the four.
+__device__ inline Vec load_flagged(const Vec* p) {
+  Vec v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
+               : "l"(p));
+  return v;
+}
+
+__device__ inline void store_flagged(Vec* p, const Vec& v) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
+               "r"(v.w[3]));
+}
+
+__device__ inline uint32_t load_host(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+__device__ inline void store_host(uint32_t* p, uint32_t v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+template <class V>
+__device__ inline V shuffle_xor(V v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+
+__device__ inline uint64_t ticks() {
+  uint64_t t;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+  return t;
+}
+__device__ inline void pause() {}
+
+// Programmatic dependent launch: a kernel may be on the chip before the one ahead of it has ended. It touches nothing
+// until that one has ended and its writes are visible, so letting the next one start early is safe at any point.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Clusters: blocks that run at the same time and see each other's shared memory (Hopper and later).
+#if __CUDA_ARCH__ >= 900
+__device__ inline int blocks_in_cluster() { return int(cooperative_groups::this_cluster().num_blocks()); }
+__device__ inline int rank_in_cluster() { return int(cooperative_groups::this_cluster().block_rank()); }
+__device__ inline float* in_block_of_cluster(float* shared, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+__device__ inline void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+#else
+__device__ inline int blocks_in_cluster() { return 1; }
+__device__ inline int rank_in_cluster() { return 0; }
+__device__ inline float* in_block_of_cluster(float* shared, int) { return shared; }
+__device__ inline void cluster_barrier() { __syncthreads(); }
+#endif
+
+__device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
+__device__ inline float square_root(float a) { return __fsqrt_rn(a); }
+__device__ inline float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+__device__ inline uint32_t pack_bf16(float a, float b) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline uint32_t pack_half(float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+__device__ inline void unpack_half(uint32_t w, float& a, float& b) {
+  const float2 pair = __half22float2(reinterpret_cast<const __half2&>(w));
+  a = pair.x;
+  b = pair.y;
+}
+
+__device__ inline uint32_t pack_fp8(float a, float b, float c, float d) {
+  const uint32_t low = __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
+  const uint32_t high = __nv_cvt_float2_to_fp8x2(make_float2(c, d), __NV_SATFINITE, __NV_E4M3);
+  return high << 16 | low;
+}
+
+#endif
+
+__device__ inline void unpack_bf16(uint32_t w, float& a, float& b) {
+  a = __uint_as_float(w << 16);
+  b = __uint_as_float(w & 0xffff0000u);
+}
+
+// Elements of type T in a Vec, as fp32. pack() rounds to nearest even.
+template <class T>
+struct Io;
+
+template <>
+struct Io<BFloat16> {
+  static constexpr int kPerVec = 8;
+  __device__ static void unpack(const Vec& v, float* f) {
+    for (int i = 0; i < 4; ++i) unpack_bf16(v.w[i], f[2 * i], f[2 * i + 1]);
+  }
+  __device__ static Vec pack(const float* f) {
+    Vec v;
+    for (int i = 0; i < 4; ++i) v.w[i] = pack_bf16(f[2 * i], f[2 * i + 1]);
+    return v;
+  }
+};
+
+template <>
+struct Io<Half> {
+  static constexpr int kPerVec = 8;
+  __device__ static void unpack(const Vec& v, float* f) {
+    for (int i = 0; i < 4; ++i) unpack_half(v.w[i], f[2 * i], f[2 * i + 1]);
+  }
+  __device__ static Vec pack(const float* f) {
+    Vec v;
+    for (int i = 0; i < 4; ++i) v.w[i] = pack_half(f[2 * i], f[2 * i + 1]);
+    return v;
+  }
+};
+
+template <>
+struct Io<float> {
+  static constexpr int kPerVec = 4;
+  __device__ static void unpack(const Vec& v, float* f) {
+    for (int i = 0; i < 4; ++i) f[i] = __uint_as_float(v.w[i]);
+  }
+  __device__ static Vec pack(const float* f) {
+    Vec v;
+    for (int i = 0; i < 4; ++i) v.w[i] = __float_as_uint(f[i]);
+    return v;
+  }
+};
+
+// ---- host ----
+
+using Stream = FUSEDCOMM_RT(Stream_t);
+using Status = FUSEDCOMM_RT(Error_t);
+constexpr Status kOk = FUSEDCOMM_RT(Success);
+
+struct LaunchShape {
+  int64_t blocks = 0;
+  int threads = 0;
+  int blocks_in_cluster = 1;
+  bool overlaps = false;  // may be on the chip before the kernel ahead of it ends: it waits by itself
+};
+
+#if defined(FUSEDCOMM_HIP)
+
+template <class... Parameters, class... Arguments>
+Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+  kernel<<<dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)), 0, stream>>>(arguments...);
+  return hipGetLastError();
+}
+
+// Uncached, so that peers' stores and this GPU's loads meet in memory.
+inline Status allocate_slab(void** address, int64_t bytes) {
+  return hipExtMallocWithFlags(address, size_t(bytes), hipDeviceMallocUncached);
+}
+
+inline Status allocate_host_page(void** address, size_t bytes) {
+  return hipHostMalloc(address, bytes, hipHostMallocMapped | hipHostMallocCoherent);
+}
+inline void free_host_page(void* address) { (void)hipHostFree(address); }
+
+#define FUSEDCOMM_PROPERTIES hipDeviceProp_t
+inline bool can_overlap(const hipDeviceProp_t&) { return false; }
+// Without the features: "gfx942" of "gfx942:sramecc+:xnack-".
+inline std::string architecture(const hipDeviceProp_t& p) {
+  const std::string name = p.gcnArchName;
+  return name.substr(0, name.find(':'));
+}
+
+inline uint64_t ticks_per_second(int device) {
+  int khz = 0;
+  if (hipDeviceGetAttribute(&khz, hipDeviceAttributeWallClockRate, device) != hipSuccess || khz <= 0) khz = 100000;
+  return uint64_t(khz) * 1000;
+}
+
+#else
+
+template <class... Parameters, class... Arguments>
+Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(shape.blocks));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  if (shape.overlaps) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.blocks_in_cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = unsigned(shape.blocks_in_cluster);
+    attributes[config.numAttrs].val.clusterDim.y = 1;
+    attributes[config.numAttrs++].val.clusterDim.z = 1;
+  }
+  config.attrs = attributes;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+inline Status allocate_slab(void** address, int64_t bytes) { return cudaMalloc(address, size_t(bytes)); }
+
+inline Status allocate_host_page(void** address, size_t bytes) {
+  return cudaHostAlloc(address, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+}
+inline void free_host_page(void* address) { (void)cudaFreeHost(address); }
+
+#define FUSEDCOMM_PROPERTIES cudaDeviceProp
+inline bool can_overlap(const cudaDeviceProp& p) { return p.major >= 9; }
+inline std::string architecture(const cudaDeviceProp& p) {
+  return "sm_" + std::to_string(p.major * 10 + p.minor);
+}
+
+inline uint64_t ticks_per_second(int) { return 1000000000u; }
+
+#endif
+
+}  // namespace fusedcomm::gpu

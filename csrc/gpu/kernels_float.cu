@@ -1,0 +1,7 @@
+#include "gpu/kernels_impl.h"
+
+namespace fusedcomm::gpu {
+
+const Kernels& float_kernels() { return kKernels<float>; }
+
+}  // namespace fusedcomm::gpu

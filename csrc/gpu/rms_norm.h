@@ -1,0 +1,159 @@
+// What follows the sum: residual addition, RMSNorm and per-group FP8 quantisation of a row in registers, with the
+// rounding points of the unfused sequence.
+#pragma once
+
+#include "gpu/arguments.h"
+#include "gpu/row_sum.h"
+
+namespace fusedcomm::gpu {
+
+constexpr float kMinAmax = 1e-10f;
+constexpr float kFp8Max = kFp8IsFnuz ? 240.0f : 448.0f;
+
+// 8 elements of T as they lie in memory; 16-byte aligned.
+template <class T>
+struct Pack {
+  static constexpr int kVecs = kPack / Io<T>::kPerVec;
+  Vec v[kVecs];
+
+  __device__ static Pack load(const void* base, int64_t pack) {
+    Pack p;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) p.v[i] = (static_cast<const Vec*>(base) + pack * kVecs)[i];
+    return p;
+  }
+  __device__ static Pack of(const float (&f)[kPack]) {
+    Pack p;
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) p.v[i] = Io<T>::pack(f + i * Io<T>::kPerVec);
+    return p;
+  }
+  __device__ void store(void* base, int64_t pack) const {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) (static_cast<Vec*>(base) + pack * kVecs)[i] = v[i];
+  }
+  __device__ void unpack(float (&f)[kPack]) const {
+#pragma unroll
+    for (int i = 0; i < kVecs; ++i) Io<T>::unpack(v[i], f + i * Io<T>::kPerVec);
+  }
+};
+
+// The weight's pack, loaded ahead of the sum where it has the dtype of x.
+template <class T>
+__device__ inline Pack<T> load_weight(const NormArguments& a, int pack) {
+  if (a.weight_is_fp32) return {};
+  return Pack<T>::load(a.weight, pack);
+}
+
+// fp32(weight) + weight_bias.
+template <class T>
+__device__ inline void widen_weight(const NormArguments& a, int pack, const Pack<T>& loaded, float (&w)[kPack]) {
+  if (a.weight_is_fp32) {
+    Pack<float>::load(a.weight, pack).unpack(w);
+  } else {
+    loaded.unpack(w);
+  }
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) w[i] += a.weight_bias;
+}
+
+__device__ inline float inverse_root(float sum_of_squares, const NormArguments& a) {
+  return divide(1.0f, square_root(divide(sum_of_squares, float(a.hidden)) + a.eps));
+}
+
+// y / scale, correctly rounded, from r = round(1 / scale): two steps of Markstein's theorem (the remainder is exact in
+// fp32), a quarter of the instructions of a division. Quotients so small that a remainder would be inexact are zero in
+// FP8 whatever their last bit. tests/test_division.cpp tries every bf16 pair.
+__device__ inline float quotient(float y, float scale, float r) {
+  float q = y * r;
+  q = fused_multiply_add(fused_multiply_add(-scale, q, y), r, q);
+  return fused_multiply_add(fused_multiply_add(-scale, q, y), r, q);
+}
+
+__device__ inline float clamp_fp8(float q) {
+  q = q > kFp8Max ? kFp8Max : q;  // NaN compares false and stays
+  return q < -kFp8Max ? -kFp8Max : q;
+}
+
+// Quantises pack `pack` of a row; the group's other packs are in the neighbouring lanes, which all call it.
+__device__ inline void quantize_pack(const QuantTarget& q, int64_t row, int pack, int hidden, const float (&y)[kPack],
+                                     bool active) {
+  // Compared as integers, a NaN is larger than everything and so survives.
+  uint32_t magnitude = 0;
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) magnitude = max(magnitude, __float_as_uint(y[i]) & 0x7fffffffu);
+  const int lanes = int(q.group_size) / kPack;
+  for (int mask = 1; mask < lanes; mask *= 2) magnitude = max(magnitude, shuffle_xor(magnitude, mask));
+  if (!active) return;
+
+  const float amax = __uint_as_float(magnitude);
+  float scale = divide(amax < kMinAmax ? kMinAmax : amax, kFp8Max);
+  const int group = pack / lanes;
+  if (q.packed_scale != nullptr) {
+    uint32_t exponent = (__float_as_uint(scale) + 0x7fffffu) >> 23;
+    exponent = exponent > 255u ? 255u : exponent;
+    scale = __uint_as_float(exponent == 255u ? 0x7fc00000u : exponent << 23);
+    if (pack % lanes == 0) {
+      const int groups = hidden / int(q.group_size);
+      uint8_t* const word = reinterpret_cast<uint8_t*>(q.packed_scale + row * q.row_stride + group / 4 * q.group_stride);
+      word[group % 4] = uint8_t(exponent);
+      if (group == groups - 1) {
+        for (int i = group % 4 + 1; i < 4; ++i) word[i] = 0;
+      }
+    }
+  } else if (pack % lanes == 0) {
+    q.scale[row * q.row_stride + group * q.group_stride] = scale;
+  }
+
+  float v[kPack];
+  if (scale < __uint_as_float(0x7f800000u)) {
+    const float r = divide(1.0f, scale);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) v[i] = clamp_fp8(quotient(y[i], scale, r));
+  } else {  // inf or NaN
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) v[i] = clamp_fp8(divide(y[i], scale));
+  }
+  uint2 codes;
+  codes.x = pack_fp8(v[0], v[1], v[2], v[3]);
+  codes.y = pack_fp8(v[4], v[5], v[6], v[7]);
+  *reinterpret_cast<uint2*>(q.fp8 + row * hidden + int64_t(pack) * kPack) = codes;
+}
+
+// r' of a pack: the sum plus the residual, rounded; written to residual_out. Returns its squares' sum.
+template <class T>
+__device__ inline float add_residual(const NormArguments& a, int64_t pack_of_call, const Pack<T>& residual,
+                                     Pack<T>& r) {
+  float f[kPack];
+  r.unpack(f);
+  if (a.residual != nullptr) {
+    float g[kPack];
+    residual.unpack(g);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) f[i] += g[i];
+    r = Pack<T>::of(f);
+    r.unpack(f);
+  }
+  if (a.residual_out != nullptr) r.store(a.residual_out, pack_of_call);
+  return sum_of_squares(f);
+}
+
+// y of a pack, and what is wanted of it. All lanes of the warp call it; inactive ones write nothing.
+template <class T>
+__device__ inline void finish_pack(const NormArguments& a, int64_t row, int pack, float inv, const Pack<T>& weight,
+                                   const Pack<T>& r, bool active) {
+  float y[kPack] = {};
+  if (active) {
+    float w[kPack];
+    widen_weight(a, pack, weight, w);
+    r.unpack(y);
+#pragma unroll
+    for (int i = 0; i < kPack; ++i) y[i] = y[i] * inv * w[i];
+    const Pack<T> rounded = Pack<T>::of(y);
+    if (a.norm != nullptr) rounded.store(a.norm, row * (a.hidden / kPack) + pack);
+    rounded.unpack(y);
+  }
+  if (a.quant.fp8 != nullptr) quantize_pack(a.quant, row, pack, a.hidden, y, active);
+}
+
+}  // namespace fusedcomm::gpu

@@ -1,0 +1,75 @@
+// The sum of a row as one fixed balanced tree over neighbours, s[i] = s[2i] + s[2i+1], padded with +0: the tree of
+// tree_sum.h, so every kernel of every device gets the same bits. Packs of 8 elements are summed in registers, packs by
+// a butterfly over lanes, lanes' sums by a butterfly over warps.
+#pragma once
+
+#include "gpu/gpu.h"
+
+namespace fusedcomm::gpu {
+
+constexpr int kPack = 8;  // elements a thread holds of a row at a time
+constexpr int kMaxPartials = 64;
+
+__device__ inline float sum_of_squares(const float (&v)[kPack]) {
+  float s[kPack];
+#pragma unroll
+  for (int i = 0; i < kPack; ++i) s[i] = v[i] * v[i];
+#pragma unroll
+  for (int n = kPack / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) s[i] = s[2 * i] + s[2 * i + 1];
+  }
+  return s[0];
+}
+
+template <int kWidth = kWarpSize>
+__device__ inline float butterfly_sum(float s) {
+#pragma unroll
+  for (int mask = 1; mask < kWidth; mask *= 2) s += shuffle_xor(s, mask);
+  return s;
+}
+
+// Where the warps of a block (or of a cluster of blocks) leave their sums. Two sets: a block that walks rows may write
+// those of the next row while a slow warp still reads.
+struct Partials {
+  float sums[2][kMaxPartials];
+};
+
+// The tree over `count` partial sums in place; every lane gets the result.
+__device__ inline float sum_partials(const float* sums, int count) {
+  const int lane = int(threadIdx.x) % kWarpSize;
+  if (kWarpSize < kMaxPartials && count > kWarpSize) {
+    const float a = 2 * lane < count ? sums[2 * lane] : 0.0f;
+    const float b = 2 * lane + 1 < count ? sums[2 * lane + 1] : 0.0f;
+    return butterfly_sum(a + b);
+  }
+  return butterfly_sum(lane < count ? sums[lane] : 0.0f);
+}
+
+// The sum over a row whose pack p = j * blockDim.x + threadIdx.x has the sum s[j]. With kPacks > 1 the block has a
+// power of two of threads. All threads call it; `parity` alternates from row to row.
+template <int kPacks>
+__device__ inline float block_row_sum(const float (&s)[kPacks], Partials& partials, int parity) {
+  const int warp = int(threadIdx.x) / kWarpSize, warps = int(blockDim.x) / kWarpSize;
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    const float sum = butterfly_sum(s[j]);
+    if (int(threadIdx.x) % kWarpSize == 0) partials.sums[parity][j * warps + warp] = sum;
+  }
+  __syncthreads();
+  return sum_partials(partials.sums[parity], kPacks * warps);
+}
+
+// The same over a cluster of blocks, a row each: pack p = rank of the block * blockDim.x + threadIdx.x. Warps write
+// their sums into the shared memory of every block of the cluster, so one barrier is enough.
+__device__ inline float cluster_row_sum(float s, Partials& partials) {
+  const int warps = int(blockDim.x) / kWarpSize, blocks = blocks_in_cluster();
+  const int index = rank_in_cluster() * warps + int(threadIdx.x) / kWarpSize;
+  const int lane = int(threadIdx.x) % kWarpSize;
+  const float sum = butterfly_sum(s);
+  if (lane < blocks) *in_block_of_cluster(&partials.sums[0][index], lane) = sum;
+  cluster_barrier();
+  return sum_partials(partials.sums[0], blocks * warps);
+}
+
+}  // namespace fusedcomm::gpu
