@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from cases import INT_OF
 from oracle import Options
 
 from fusedcomm import GroupCoordinator, ScaleLayout
-from fusedcomm.groups import coordinator
+from fusedcomm.groups import custom_setup
 
 OPS = ("all_reduce", "allreduce_rmsnorm", "allreduce_rmsnorm_quant")
 MOST_SHOWN = 25
@@ -236,7 +237,7 @@ class Graph:
                     prepared.call(group)
             torch.cuda.current_stream(group.device).wait_stream(stream)
             self._cuda_graph = torch.cuda.CUDAGraph()
-            with group.graph_capture(), torch.cuda.graph(self._cuda_graph, stream=stream):
+            with group.graph_capture() as capture, torch.cuda.graph(self._cuda_graph, stream=capture.stream):
                 self.results = [prepared.call(group) for prepared in self.calls]
         else:
             with group.graph_capture():
@@ -282,13 +283,11 @@ def algorithm(name: str | None) -> Iterator[None]:
         yield
         return
     one_shot_max = {"one_shot": 1 << 40, "two_shot": 0}[name]
-    chooser = coordinator.choose_tuning
 
-    def forced(*arguments: Any, **options: Any) -> Any:
-        return dataclasses.replace(chooser(*arguments, **options), one_shot_max_bytes=one_shot_max)
+    def forcing(chooser: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: dataclasses.replace(chooser(*arguments), one_shot_max_bytes=one_shot_max)
 
-    coordinator.choose_tuning = forced  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for chooser in ("choose_tuning", "choose_gpu_tuning"):
+            monkeypatch.setattr(custom_setup, chooser, forcing(getattr(custom_setup, chooser)))
         yield
-    finally:
-        coordinator.choose_tuning = chooser

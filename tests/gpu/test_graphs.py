@@ -162,7 +162,7 @@ def decode_steps(layers: int, steps: int) -> None:
             step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with group.graph_capture(), torch.cuda.graph(graph):
+        with group.graph_capture() as capture, torch.cuda.graph(graph, stream=capture.stream):
             captured = step()
         for seed in range(steps):
             fill(seed)
