@@ -52,3 +52,7 @@ def _gpu_facts(index: int) -> DeviceFacts:
         arch = f"sm_{properties.major}{properties.minor}"
     identity: Any = properties.uuid  # an object that torch's stubs take for text
     return DeviceFacts(arch, properties.name, bytes(identity.bytes), properties.multi_processor_count)
+
+
+# torch.compile takes the answer as a constant: see fusedcomm.ops.dispatch.
+setattr(_gpu_facts, "_dynamo_marked_constant", True)  # noqa: B010

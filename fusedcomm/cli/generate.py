@@ -33,6 +33,7 @@ class Request:
     top_p: float = 1.0
     seed: int | None = None
     ignore_eos: bool = False
+    device: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--top-p", type=float, default=Request.top_p, metavar="P", help="sample from the nucleus of mass P (default 1)")
     add("--seed", type=int, help="of the sampling (default: a different one each time)")
+    add("--device", choices=("cpu", "cuda"), help="where to decode (default: on GPUs if there are any)")
     add("--ignore-eos", action="store_true", help="do not stop at an end token")
 
 
@@ -64,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         seed=arguments.seed,
         ignore_eos=arguments.ignore_eos,
+        device=arguments.device,
     )
     ranks = arguments.tp
     if facts.launcher != "alone":
@@ -108,7 +111,7 @@ def decode_on_rank(**fields: object) -> None:
     import fusedcomm
 
     request = Request(**fields)  # type: ignore[arg-type]  # they are what asdict made
-    with fusedcomm.init_distributed() as group:
+    with fusedcomm.init_distributed(device=request.device) as group:
         try:
             _decode(request, group)
         finally:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-from fusedcomm import ops
+from fusedcomm import ops, platform
 from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.activation import Fp8Activation, LayerInput, NormFp8Activation
+from fusedcomm.layers.fp8_matmul_gpu import scale_layout_of
 from fusedcomm.layers.norm import RMSNorm
 from fusedcomm.layers.partial_sum import PartialSum
 from fusedcomm.layers.sharding import FP8_BLOCK
@@ -128,6 +129,11 @@ def _separately(
     normed = norm(residual)
     if not quantize:
         return LayerInput(normed, residual)
-    quantized = ops.per_group_quant_fp8(normed, group_size=FP8_BLOCK)
+    quantized = ops.per_group_quant_fp8(
+        normed,
+        group_size=FP8_BLOCK,
+        scale_layout=scale_layout_of(normed.device),
+        fp8_dtype=platform.fp8_dtype(normed.device),
+    )
     hidden = NormFp8Activation(normed, *quantized) if keep_bf16 else Fp8Activation(*quantized)
     return LayerInput(hidden, residual)

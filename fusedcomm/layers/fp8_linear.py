@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 from torch import nn
 
-from fusedcomm import ops
+from fusedcomm import ops, platform
+from fusedcomm.layers import fp8_matmul_gpu
 from fusedcomm.layers.activation import Fp8Activation, HiddenStates, NormFp8Activation
-from fusedcomm.layers.fp8_matmul import DecodedWeight, block_fp8_matmul, decode_weight, unpack_scales
+from fusedcomm.layers.fp8_matmul import block_fp8_matmul, decode_weight, unpack_scales
 from fusedcomm.layers.sharding import FP8_BLOCK, ceil_div
 from fusedcomm.ops.types import ScaleLayout
+
+_Prepared = TypeVar("_Prepared")
 
 
 class BlockFP8Linear(nn.Module):
@@ -21,8 +27,13 @@ class BlockFP8Linear(nn.Module):
     pair with row-major scales). Returns ``[..., out_features]`` in ``dtype``, rounded once from fp32;
     block_fp8_matmul has the arithmetic.
 
-    The first call keeps the weight decoded to fp32 (4 bytes a weight): the CPU has no FP8 arithmetic, and decoding
-    takes ten times as long as the product with one row. Under torch.compile each call decodes.
+    On CPU the first call keeps the weight decoded to fp32 (4 bytes a weight): the CPU has no FP8 arithmetic, and
+    decoding takes ten times as long as the product with one row. Under torch.compile each call decodes.
+
+    On Hopper GPUs torch's block-scaled product (cuBLAS) takes FP8 and scales as they are, column-major ones without
+    conversion (fp8_matmul_gpu says when); it sums each block in the tensor cores' own order. On other GPUs, and for
+    weights that cuBLAS does not take (K no multiple of 128 or N none of 16), x and the weight are decoded to ``dtype``
+    and multiplied in it; the first call keeps the decoded weight.
     """
 
     def __init__(
@@ -44,19 +55,30 @@ class BlockFP8Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(torch.ones(scales, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), False) if bias else None
-        self._decoded: tuple[tuple[tuple[int, int], ...], DecodedWeight] | None = None
+        self._prepared: tuple[tuple[tuple[int, int], ...], object] | None = None
 
     def forward(self, x: HiddenStates | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         fp8, scale, layout = self._quantized(x)
-        groups = ceil_div(self.in_features, FP8_BLOCK)
-        y = block_fp8_matmul(
-            fp8.reshape(-1, self.in_features),
-            unpack_scales(scale, layout, groups),
-            self._decoded_weight(),
-        )
+        rows = fp8.reshape(-1, self.in_features)
+        scales = unpack_scales(scale, layout, ceil_div(self.in_features, FP8_BLOCK))
+        y = self._product(rows, scales) if rows.device.type == "cpu" else self._product_on_gpu(rows, scales)
+        return y.view(*fp8.shape[:-1], self.out_features)
+
+    def _product(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y = block_fp8_matmul(x, scale, self._prepare(decode_weight))
         if self.bias is not None:
             y += self.bias.float()
-        return y.to(self.dtype).view(*fp8.shape[:-1], self.out_features)
+        return y.to(self.dtype)
+
+    def _product_on_gpu(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if fp8_matmul_gpu.has_block_scaled_mm(x.device) and fp8_matmul_gpu.can_scale(*self.weight.shape):
+            weight = self._prepare(fp8_matmul_gpu.scaled_weight)
+            return fp8_matmul_gpu.scaled_mm(x, scale, weight, self.bias, self.dtype)
+        decoded = self._prepare(self._decode)
+        return fp8_matmul_gpu.decoded_mm(x, scale, decoded, self.bias)
+
+    def _decode(self, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+        return fp8_matmul_gpu.decoded_weight(weight, weight_scale, self.dtype)
 
     def _quantized(
         self, x: HiddenStates | tuple[torch.Tensor, torch.Tensor]
@@ -66,7 +88,12 @@ class BlockFP8Linear(nn.Module):
                 raise ValueError(f"x: expected [..., {self.in_features}], got {list(x.shape)}")
             if padding := -self.in_features % FP8_BLOCK:  # zeros do not change the scale of a short last group
                 x = torch.nn.functional.pad(x, (0, padding))
-            fp8, scale, layout = ops.per_group_quant_fp8(x, group_size=FP8_BLOCK)
+            fp8, scale, layout = ops.per_group_quant_fp8(
+                x,
+                group_size=FP8_BLOCK,
+                scale_layout=fp8_matmul_gpu.scale_layout_of(x.device),
+                fp8_dtype=platform.fp8_dtype(x.device),
+            )
             return fp8[..., : self.in_features], scale, layout
         if isinstance(x, NormFp8Activation):
             x = x.quantized
@@ -76,10 +103,9 @@ class BlockFP8Linear(nn.Module):
         return fp8, scale, layout
 
     def _check_quantized(self, fp8: torch.Tensor, scale: torch.Tensor, layout: ScaleLayout) -> None:
-        if fp8.dtype is not self.weight.dtype or fp8.shape[-1:] != (self.in_features,):
-            raise ValueError(
-                f"fp8: expected {self.weight.dtype} [..., {self.in_features}], got {fp8.dtype} {list(fp8.shape)}"
-            )
+        expected = platform.fp8_dtype(fp8.device)
+        if fp8.dtype is not expected or fp8.shape[-1:] != (self.in_features,):
+            raise ValueError(f"fp8: expected {expected} [..., {self.in_features}], got {fp8.dtype} {list(fp8.shape)}")
         groups = ceil_div(self.in_features, FP8_BLOCK)
         packed = layout is ScaleLayout.UE8M0_PACKED
         tokens = fp8.shape[:-1].numel()
@@ -89,13 +115,14 @@ class BlockFP8Linear(nn.Module):
                 f"scale: expected {dtype} [{tokens}, {columns}] ({layout.value}), got {scale.dtype} {list(scale.shape)}"
             )
 
-    def _decoded_weight(self) -> DecodedWeight:
+    def _prepare(self, prepare: Callable[[torch.Tensor, torch.Tensor], _Prepared]) -> _Prepared:
+        """``prepare(weight, weight_scale)``, made again only when one of them changed."""
         if torch.compiler.is_compiling():  # what the key is made of cannot be traced
-            return decode_weight(self.weight, self.weight_scale)
+            return prepare(self.weight, self.weight_scale)
         key = (_version(self.weight), _version(self.weight_scale))
-        if self._decoded is None or self._decoded[0] != key:
-            self._decoded = (key, decode_weight(self.weight, self.weight_scale))
-        return self._decoded[1]
+        if self._prepared is None or self._prepared[0] != key:
+            self._prepared = (key, prepare(self.weight, self.weight_scale))
+        return cast(_Prepared, self._prepared[1])
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -8,13 +8,14 @@ from typing import overload
 import torch
 from torch import nn
 
-from fusedcomm import ops
+from fusedcomm import ops, platform
 from fusedcomm.collectives import allreduce_rmsnorm, allreduce_rmsnorm_quant
 from fusedcomm.groups.coordinator import GroupCoordinator
 from fusedcomm.layers.activation import Fp8Activation, LayerInput, NormFp8Activation
+from fusedcomm.layers.fp8_matmul_gpu import scale_layout_of
 from fusedcomm.layers.partial_sum import PartialSum, refuse
 from fusedcomm.layers.sharding import FP8_BLOCK, WeightSlice
-from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant
+from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 
 class RMSNorm(nn.Module):
@@ -57,8 +58,14 @@ class RMSNorm(nn.Module):
         residual: torch.Tensor | None = None,
         group_size: int = FP8_BLOCK,
         keep_bf16: bool = False,
+        *,
+        scale_layout: ScaleLayout | None = None,
     ) -> LayerInput:
-        """Add, norm and FP8 quantisation of rows ``[..., H]`` that are complete already, in one launch."""
+        """Add, norm and FP8 quantisation of rows ``[..., H]`` that are complete already, in one launch.
+
+        ``scale_layout`` None: what a BlockFP8Linear on this device takes as it is (column-major on Hopper GPUs, else
+        row-major).
+        """
         if isinstance(x, PartialSum):
             refuse("RMSNorm.forward_quant_per_group")
         return _layer_input(
@@ -69,6 +76,8 @@ class RMSNorm(nn.Module):
                 self.eps,
                 group_size=group_size,
                 emit_bf16=keep_bf16,
+                scale_layout=scale_layout_of(x.device) if scale_layout is None else scale_layout,
+                fp8_dtype=platform.fp8_dtype(x.device),
                 weight_bias=self.weight_bias,
             )
         )
@@ -97,11 +106,13 @@ class RMSNorm(nn.Module):
         keep_bf16: bool = False,
         *,
         group: GroupCoordinator | None = None,
+        scale_layout: ScaleLayout | None = None,
     ) -> LayerInput:
         """As forward_with_allreduce_fusion, then FP8 with a scale for each ``group_size`` neighbours.
 
         Returns ``((fp8, scale), residual)``, or ``((bf16, fp8, scale), residual)`` with ``keep_bf16``; the
-        inner tuples are Fp8Activation and NormFp8Activation, which know their scales' layout.
+        inner tuples are Fp8Activation and NormFp8Activation, which know their scales' layout. ``scale_layout``
+        None: as for forward_quant_per_group.
         """
         tensor, group = _addend(x, group)
         return _layer_input(
@@ -112,6 +123,7 @@ class RMSNorm(nn.Module):
                 self.eps,
                 group_size=group_size,
                 emit_bf16=keep_bf16,
+                scale_layout=scale_layout_of(tensor.device) if scale_layout is None else scale_layout,
                 weight_bias=self.weight_bias,
                 group=group,
             )

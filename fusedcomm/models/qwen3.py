@@ -163,6 +163,7 @@ class Qwen3ForCausalLM(nn.Module):
     def _decode(self, input_ids: torch.Tensor, cache: KVCache | None) -> tuple[PartialSum, torch.Tensor]:
         """The last layer's unreduced output and the residual stream, ``[B·S, H]`` each."""
         batch_size, count = input_ids.shape
+        input_ids = input_ids.to(self.group.device)
         past = 0 if cache is None else cache.length
         positions = torch.arange(past, past + count, device=self.group.device)
         cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta)

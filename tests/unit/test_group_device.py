@@ -19,7 +19,7 @@ def test_without_a_gpu_the_cpu_is_the_default(monkeypatch: pytest.MonkeyPatch) -
     gpus(monkeypatch, 0)
     assert choose_device(None, 3) == torch.device("cpu")
     assert choose_device("cpu:0", 3) == torch.device("cpu")
-    with pytest.raises(ValueError, match="^device: expected cpu .*, got cuda:1"):
+    with pytest.raises(ValueError, match=r"^device: expected cpu .*, got cuda:1"):
         choose_device("cuda:1", 0)
 
 
@@ -29,13 +29,13 @@ def test_ranks_go_round_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [choose_device(given, rank).index for rank in range(8)] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert choose_device("cuda:2", 1) == torch.device("cuda", 2)
     assert choose_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(ValueError, match="^device: expected cuda:0 to cuda:3, got cuda:4"):
+    with pytest.raises(ValueError, match=r"^device: expected cuda:0 to cuda:3, got cuda:4"):
         choose_device("cuda:4", 0)
 
 
 @pytest.mark.parametrize("device", ["meta", "xpu", "no such device", 1.5])
 def test_what_no_group_is_on(device: object) -> None:
-    with pytest.raises(ValueError, match="^device: expected .*, got "):
+    with pytest.raises(ValueError, match=r"^device: expected .*, got "):
         check_device(device)  # type: ignore[arg-type]
 
 
