@@ -448,7 +448,8 @@ def test_no_algorithm_where_the_process_group_serves() -> None:
 
 def test_catalogue() -> None:
     limits = Limits(8, 256, 2048, torch.bfloat16)
-    everything = Catalogue(FakeJob(), Spec("", ""), limits, 1)  # type: ignore[arg-type]
+    tunings = [{"one_shot_max_bytes": 7}]
+    everything = Catalogue(FakeJob(), Spec("", "", tunings=tunings), limits, 1)  # type: ignore[arg-type]
     assert {"copy", "nccl", "symm_mem:one_shot", "symm_mem:two_shot", "flashinfer:two_shot+pdl", "ours"} <= set(
         everything.names(ALL_REDUCE)
     )
@@ -459,6 +460,8 @@ def test_catalogue() -> None:
     chosen = Catalogue(FakeJob(), Spec("", "", peers=[f"{FUSED}/ours*"]), limits, 1)  # type: ignore[arg-type]
     assert chosen.names(ALL_REDUCE) == chosen.names(NORM) == []
     assert all(name.startswith("ours") for name in chosen.names(FUSED))
+    tuned_only = Spec("", "", tunings=tunings, peers=["ours[one_shot_max_bytes=7]"])
+    assert Catalogue(FakeJob(), tuned_only, limits, 1).names(NORM) == tuned_only.peers  # type: ignore[arg-type]
     assert not chosen.wants_flashinfer
     assert not chosen.wants_compile
     assert everything.wants_flashinfer
@@ -769,13 +772,16 @@ def test_specs_from_the_command_line() -> None:
     assert plain == Spec("out", plain.command)
     changed = command.make_spec(
         parse("collectives", "--tokens", "1,8", "--hidden", "256", "--peers", "ours,nccl", "--budget", "0.5",
-              "--rounds", "3", "--load-tokens", "none", "--patience", "60"),
+              "--rounds", "3", "--load-tokens", "none", "--patience", "60", "--vary", "one_shot_max_bytes=1,2"),
         "out",
     )  # fmt: skip
     assert isinstance(changed, Spec)
     assert (changed.tokens, changed.bare_tokens, changed.hidden) == ([1, 8], [], [256])
     assert (changed.peers, changed.budget_s, changed.min_rounds) == (["ours", "nccl"], 0.5, 3)
     assert (changed.load_tokens, changed.patience_s) == ([], 60)
+    assert changed.tunings == [{"one_shot_max_bytes": 1}, {"one_shot_max_bytes": 2}]
+    with pytest.raises(ValueError, match="--tune"):
+        command.make_spec(parse("collectives", "--tune"), "out")
     decoded = command.make_spec(parse("decode", "--batches", "4", "--ways", "custom,fused", "--rounds", "9"), "out")
     assert decoded == DecodeSpec("out", decoded.command, batches=[4], ways=["custom", "fused"], rounds=9)
     assert Spec(**json.loads(changed.to_json())) == changed
@@ -803,6 +809,7 @@ def test_only_the_bare_sum_at_the_largest_size() -> None:
         (Spec("", "", ops=["all_gather"]), "--ops"),
         (Spec("", "", hidden=[4096, 100]), "--hidden: expected a multiple of 128, got 100"),
         (Spec("", "", budget_s=0), "--budget"),
+        (Spec("", "", tunings=[{"spins": 1}]), "expected fields among one_shot_max_bytes, got spins"),
         (DecodeSpec("", "", ways=["fast"]), "--ways"),
         (DecodeSpec("", "", layers=0), "--layers"),
     ],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from fusedcomm.cli.bench.collectives import describe_tuning
 from fusedcomm.cli.bench.gpu import flashinfer, ours, peers
 from fusedcomm.cli.bench.gpu.harness import Case
 from fusedcomm.cli.bench.gpu.job import GpuJob
-from fusedcomm.cli.bench.gpu.ops import ALL_REDUCE, FUSED, NORM
+from fusedcomm.cli.bench.gpu.ops import ALL_REDUCE, FUSED, NORM, OURS
 from fusedcomm.cli.bench.gpu.shape import Limits, Shape
 from fusedcomm.cli.bench.gpu.spec import Spec
 
@@ -41,6 +42,10 @@ class Catalogue:
             own += [
                 (name, functools.partial(ours.make_case, job, op, stage, algorithm))
                 for name, stage, algorithm in ours.variants(op)
+            ]
+            own += [
+                (f"{OURS}[{describe_tuning(tuning)}]", functools.partial(ours.make_tuned_case, job, op, tuning))
+                for tuning in spec.tunings
             ]
         self._makers = {
             op: [(name, make) for name, make in makers[op] if spec.wants(op, name)] for op in makers if op in spec.ops

@@ -81,6 +81,9 @@ def make_spec(arguments: argparse.Namespace, output: str) -> Spec | DecodeSpec:
     for name in ("ops", "tokens", "hidden", "dtype", "peers", "calls", "sets", "host_tokens", "load_tokens"):
         take(name, getattr(arguments, name))
     take("budget_s", arguments.budget)
+    if arguments.tune:
+        raise ValueError("--tune: expected a run on CPU; on GPUs use --vary one_shot_max_bytes=…")
+    chosen["tunings"] = [*arguments.with_tuning, *(t for variation in arguments.vary for t in variation)]
     if arguments.tokens is not None:
         chosen["bare_tokens"] = []
     return Spec(output, describe_command(), **chosen)  # type: ignore[arg-type]

@@ -149,3 +149,8 @@ def make_case(job: GpuJob, op: str, stage: str, algorithm: str | None, shape: Sh
     """A case of one form; making it may make a group, which all ranks do together."""
     group = job.group_with(stage, None if algorithm is None else ALGORITHMS[algorithm])
     return KINDS[op](group, shape, algorithm)
+
+
+def make_tuned_case(job: GpuJob, op: str, tuning: Mapping[str, int], shape: Shape) -> Case:
+    """The library as it is but for ``tuning``."""
+    return KINDS[op](job.group_with("fused", tuning), shape, None)

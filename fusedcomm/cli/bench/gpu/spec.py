@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fusedcomm.cli.bench.cases import GROUP_SIZE
 from fusedcomm.cli.bench.gpu.harness import Effort
 from fusedcomm.cli.bench.gpu.ops import OPS
+from fusedcomm.comm.tuning import GpuTuning
 
 WAYS: dict[str, dict[str, Any]] = {
     "process_group": {"disable": True},
@@ -40,6 +42,8 @@ class Spec:
     dtype: str = "bf16"
     peers: list[str] = field(default_factory=lambda: ["*"])
     """Shell patterns of names; ``op/name`` or ``name``."""
+    tunings: list[dict[str, int]] = field(default_factory=list)
+    """Ours is also measured with each of these in place of its own."""
     calls: int = 0
     """In a graph; 0: 50 for few tokens, else 20."""
     sets: int = 4
@@ -65,6 +69,8 @@ class Spec:
             raise ValueError(f"--ops: expected {' or '.join(OPS)}, got {unknown[0]}")
         if odd := [hidden for hidden in self.hidden if hidden % GROUP_SIZE]:
             raise ValueError(f"--hidden: expected a multiple of {GROUP_SIZE}, got {odd[0]}")
+        for tuning in self.tunings:
+            check_gpu_tuning(tuning)
         if not self.budget_s > 0 or self.min_rounds < 1 or self.sets < 1 or self.calls < 0:
             raise ValueError("--budget, --rounds, --sets, --calls: expected positive numbers")
 
@@ -86,7 +92,15 @@ class Spec:
 
     def wants(self, op: str, name: str) -> bool:
         """Whether a peer is among those to measure."""
-        return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(f"{op}/{name}", p) for p in self.peers)
+        patterns = [pattern.replace("[", "[[]") for pattern in self.peers]  # "[...]" in a name stands for itself
+        return any(fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(f"{op}/{name}", p) for p in patterns)
+
+
+def check_gpu_tuning(overrides: Mapping[str, int]) -> None:
+    """ValueError unless all are fields of GpuTuning."""
+    known = {f.name for f in dataclasses.fields(GpuTuning)}
+    if unknown := sorted(overrides.keys() - known):
+        raise ValueError(f"tuning: expected fields among {', '.join(sorted(known))}, got {', '.join(unknown)}")
 
 
 @dataclass(frozen=True)

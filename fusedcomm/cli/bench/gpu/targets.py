@@ -53,11 +53,6 @@ class BestPeer:
     us: float
 
 
-def is_ours(peer: str) -> bool:
-    """Whether a peer is this library in any form."""
-    return peer == OURS or peer.startswith(f"{OURS}:")
-
-
 def best_peer(
     records: Iterable[Mapping[str, Any]], op: str, hidden: int, tokens: int, peers: tuple[str, ...]
 ) -> BestPeer | None:
