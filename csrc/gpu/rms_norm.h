@@ -63,11 +63,11 @@ __device__ inline float inverse_root(float sum_of_squares, const NormArguments& 
 
 // y / scale, correctly rounded, from r = round(1 / scale): two steps of Markstein's theorem (the remainder is exact in
 // fp32), a quarter of the instructions of a division. Quotients so small that a remainder would be inexact are zero in
-// FP8 whatever their last bit. tests/test_division.cpp tries every bf16 pair.
+// FP8 whatever their last bit; the sign of a zero is y's.
 __device__ inline float quotient(float y, float scale, float r) {
   float q = y * r;
   q = fused_multiply_add(fused_multiply_add(-scale, q, y), r, q);
-  return fused_multiply_add(fused_multiply_add(-scale, q, y), r, q);
+  return copysignf(fused_multiply_add(fused_multiply_add(-scale, q, y), r, q), y);
 }
 
 __device__ inline float clamp_fp8(float q) {
