@@ -90,7 +90,8 @@ for _function, _schema in (
     ),
     (_group_quant, "group_quant(Tensor x, int group_size, Tensor(a!) fp8, Tensor(b!) scale) -> ()"),
 ):
-    _name = _library.define(_schema)
+    _name = _schema.partition("(")[0]
+    _library.define(_schema)
     _library.impl(_name, _function, "CUDA")  # HIP's key too
     if kernels.available("cpu"):
         _library.impl(_name, _function, "CPU")
