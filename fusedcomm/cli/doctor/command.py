@@ -23,7 +23,7 @@ MARKS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--ranks", type=int, metavar="N", help="ranks of the self-test (default: a core each, 2 to 8); 0: no self-test")
+    add("--ranks", type=int, metavar="N", help="ranks of the self-test (default: a core or GPU each, 2 to 8); 0: none")
     add("--json", action="store_true", help="the report as one JSON object")
 
 
@@ -49,6 +49,7 @@ def diagnose(ranks: int | None) -> tuple[list[SettingInfo], list[Finding]]:
     """The settings, and all findings; ``ranks`` None chooses, 0 leaves the self-test out."""
     from fusedcomm.cli.doctor import machine
     from fusedcomm.cli.doctor.aiter_package import check_aiter
+    from fusedcomm.cli.doctor.gpu import check_gpus
     from fusedcomm.cli.doctor.settings import check_settings
     from fusedcomm.env import PREFIX, Settings, launcher_environ
 
@@ -59,6 +60,7 @@ def diagnose(ranks: int | None) -> tuple[list[SettingInfo], list[Finding]]:
         *machine.check_machine(),
         *machine.check_native(),
         *machine.check_shared_memory(settings),
+        *check_gpus(),
         *machine.check_mpi(),
         *check_aiter(),
         *settings_findings,
@@ -69,6 +71,7 @@ def diagnose(ranks: int | None) -> tuple[list[SettingInfo], list[Finding]]:
 
 
 def _self_test(ranks: int | None, *, is_usable: bool) -> list[Finding]:
+    from fusedcomm.cli.doctor.gpu import count_gpus
     from fusedcomm.cli.doctor.self_test import AREA, check_ranks
     from fusedcomm.groups import bootstrap
 
@@ -84,7 +87,12 @@ def _self_test(ranks: int | None, *, is_usable: bool) -> list[Finding]:
         return skipped(f"doctor starts its own ranks, and {launcher} has started this one")
     count = min(8, max(2, len(os.sched_getaffinity(0)))) if ranks is None else ranks
     print(f"self-test on {count} ranks ...", file=sys.stderr)
-    return check_ranks(count)
+    findings = check_ranks(count, "cpu")
+    if gpus := count_gpus():
+        count = min(8, max(2, gpus)) if ranks is None else ranks
+        print(f"self-test on {count} ranks on {gpus} GPUs ...", file=sys.stderr)
+        findings += check_ranks(count, "cuda")
+    return findings
 
 
 def _print_report(settings: list[SettingInfo], findings: list[Finding], *, is_well: bool) -> None:

@@ -19,7 +19,7 @@ from fusedcomm.cli.launch import find_mpiexec, has_mpi4py
 from fusedcomm.comm.tuning import slot_bytes
 from fusedcomm.env import Settings
 from fusedcomm.errors import SettingError
-from fusedcomm.ops.dispatch import choose_local_backend
+from fusedcomm.ops.dispatch import find_local_backend
 
 MIN_TORCH = (2, 11)
 EXTRAS = {
@@ -50,15 +50,10 @@ def check_versions() -> list[Finding]:
 
 
 def check_machine() -> list[Finding]:
-    """The processor, and accelerators."""
+    """The processor."""
     facts = describe_machine()
     text = f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['kernel']}"
-    findings = [Finding("device", "cpu", Level.OK, text)]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count:
-        text = f"{count} x {torch.cuda.get_device_name(0)}; groups run on the CPU in this version"
-        findings.append(Finding("device", "gpu", Level.INFO, text))
-    return findings
+    return [Finding("device", "cpu", Level.OK, text)]
 
 
 def check_native() -> list[Finding]:
@@ -79,11 +74,19 @@ def check_native() -> list[Finding]:
 
 def check_backend(settings: Settings) -> list[Finding]:
     """Whether the backend that a setting asks for can serve here."""
-    try:
-        choose_local_backend(settings, "cpu", native_available=native.library_path() is not None)
-    except SettingError as error:
-        return [Finding("settings", "FUSEDCOMM_BACKEND", Level.FAIL, str(error).removeprefix("FUSEDCOMM_BACKEND: "))]
-    return []
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    findings = []
+    for device in devices:
+        try:
+            find_local_backend(settings, device)
+        except SettingError as error:
+            text = str(error).removeprefix("FUSEDCOMM_BACKEND: ")
+            # what one device cannot do may be meant for the other
+            level = Level.WARN if len(devices) > 1 else Level.FAIL
+            findings.append(Finding("settings", "FUSEDCOMM_BACKEND", level, text))
+        except OSError:
+            pass  # a library that cannot be loaded has a finding of its own
+    return findings
 
 
 def check_shared_memory(settings: Settings) -> list[Finding]:
