@@ -85,20 +85,20 @@ def _describe(group: GroupCoordinator, plan: Plan) -> str:
 def _test_sum(group: GroupCoordinator, op: str, dtype: torch.dtype, *, exact: bool) -> None:
     x, residual = _inputs(group.rank, dtype)
     weight = torch.linspace(0.5, 1.5, HIDDEN).to(dtype)
-    given = tuple(t.to(group.device) for t in (x, residual, weight))
+    own_x, own_residual, own_weight = (t.to(group.device) for t in (x, residual, weight))
     total = torch.zeros(ROWS, HIDDEN)
     for rank in range(group.world_size):
         total += _inputs(rank, dtype)[0].float()
     total = total.to(dtype)
     if op == "all_reduce":
-        _compare(op, group.all_reduce(given[0]), total, exact=exact)
+        _compare(op, group.all_reduce(own_x), total, exact=exact)
     elif op == "allreduce_rmsnorm":
-        got = group.allreduce_rmsnorm(*given, EPS)
+        got = group.allreduce_rmsnorm(own_x, own_residual, own_weight, EPS)
         expected = reference.fused_add_rms_norm(total, residual, weight, EPS)
         _compare(f"{op}: norm", got.norm, expected.norm, exact=exact)
         _compare(f"{op}: residual", got.residual, expected.residual, exact=exact)
     else:
-        quantized = group.allreduce_rmsnorm_quant(*given, EPS, group_size=GROUP_SIZE)
+        quantized = group.allreduce_rmsnorm_quant(own_x, own_residual, own_weight, EPS, group_size=GROUP_SIZE)
         reference_ = reference.fused_add_rms_norm_quant(
             total, residual, weight, EPS, group_size=GROUP_SIZE, fp8_dtype=fp8_dtype(group.device)
         )
