@@ -11,7 +11,7 @@ from harness import RankPool
 from torch import nn
 
 import fusedcomm
-from fusedcomm import GroupCoordinator, ops
+from fusedcomm import GroupCoordinator
 from fusedcomm.layers import (
     BlockFP8Linear,
     ColumnParallelLinear,
@@ -27,6 +27,7 @@ from fusedcomm.layers import (
     VocabParallelEmbedding,
 )
 from fusedcomm.models.tiny import quantize_blocks
+from fusedcomm.ops import reference
 
 WORLD_SIZES = [2, 3, 8]
 
@@ -174,14 +175,14 @@ def norms(dtype: torch.dtype, gemma: bool) -> None:
     total = torch.zeros(7, 512)
     for part in group.all_gather(mine.unsqueeze(0), dim=0):
         total = total + part.float()
-    expected = ops.reference.fused_add_rms_norm(
+    expected = reference.fused_add_rms_norm(
         total.to(dtype), residual, norm.weight, 1e-5, weight_bias=norm.weight_bias
     )
     for addend in (mine, PartialSum(mine, group)):
         y, r = norm.forward_with_allreduce_fusion(addend, residual)
         assert torch.equal(y, expected.norm)
         assert torch.equal(r, expected.residual)
-    quantised = ops.reference.per_group_quant_fp8(expected.norm)
+    quantised = reference.per_group_quant_fp8(expected.norm)
     (y, fp8, scale), r = norm.forward_with_allreduce_fusion_quant_per_group(mine, residual, keep_bf16=True)
     assert torch.equal(y, expected.norm)
     assert torch.equal(fp8.float(), quantised.fp8.float())
