@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from fusedcomm.comm import aiter
 from fusedcomm.env import Settings
 from fusedcomm.ops.types import ScaleLayout
 
@@ -60,6 +61,10 @@ class Facts:
     group_size: int = 128
     scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
     device_type: str = "cpu"
+    archs: tuple[str, ...] = ()
+    """Those of the ranks' GPUs; empty on CPU."""
+    aiter_unavailable: str = "not asked"
+    """Why aiter serves no call of this group; empty if it may."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,10 @@ class Plan:
     reasons: dict[Stage, str] = field(default_factory=dict)
     algorithm: str | None = None
     """``"one_shot"`` or ``"two_shot"`` where a custom stage serves."""
+    by_aiter: bool = False
+    """Whether AMD's aiter makes the stage in place of the library's own kernels."""
+    aiter_reason: str = ""
+    """On AMD GPUs: why aiter does not."""
 
     @cached_property
     def stage(self) -> Stage:
@@ -86,12 +95,14 @@ class Plan:
         lines = []
         for stage in STAGES_OF[self.op]:
             if stage is self.stage:
-                algorithm = f" ({self.algorithm})" if self.algorithm else ""
-                lines.append(f"{self.op}: {stage}{algorithm}   <- taken")
+                how = "aiter" if self.by_aiter else self.algorithm
+                lines.append(f"{self.op}: {stage}{f' ({how})' if how else ''}   <- taken")
             elif stage in self.reasons:
                 lines.append(f"{self.op}: {stage}   not taken: {self.reasons[stage]}")
             else:
                 lines.append(f"{self.op}: {stage}   eligible, slower")
+        if self.aiter_reason:
+            lines.append(f"{self.op}: aiter   not taken: {self.aiter_reason}")
         return "\n".join(lines)
 
 
@@ -101,14 +112,21 @@ def choose_plan(facts: Facts) -> Plan:
         raise ValueError(f"op: expected one of {OPS}, got {facts.op!r}")
     reasons = {}
     stages = []
+    against_aiter = {}
     for stage in STAGES_OF[facts.op]:
+        against_aiter[stage] = _why_not_aiter(stage, facts)
         reason = _why_not(stage, facts)
-        if reason:
-            reasons[stage] = reason
+        if reason and against_aiter[stage]:
+            is_forced = facts.settings.backend == "aiter" and not facts.aiter_unavailable
+            reasons[stage] = against_aiter[stage] if is_forced else reason
         else:
             stages.append(stage)
-    custom = stages[0] is not Stage.PROCESS_GROUP and facts.world_size > 1
-    return Plan(facts.op, tuple(stages), reasons, choose_algorithm(facts) if custom else None)
+    taken = stages[0]
+    by_aiter = not against_aiter[taken]
+    custom = taken is not Stage.PROCESS_GROUP and facts.world_size > 1 and not by_aiter
+    aiter_reason = against_aiter[taken] if any(arch.startswith("gfx") for arch in facts.archs) else ""
+    algorithm = choose_algorithm(facts) if custom else None
+    return Plan(facts.op, tuple(stages), reasons, algorithm, by_aiter, aiter_reason)
 
 
 def choose_algorithm(facts: Facts) -> str:
@@ -117,11 +135,7 @@ def choose_algorithm(facts: Facts) -> str:
     return "two_shot" if message_bytes > facts.one_shot_max_bytes else "one_shot"
 
 
-def _why_not(stage: Stage, facts: Facts) -> str:
-    """Why a stage cannot serve; empty if it can."""
-    if stage is Stage.PROCESS_GROUP:
-        return ""
-    settings = facts.settings
+def _switched_off(stage: Stage, settings: Settings) -> str:
     if settings.disable:
         return "FUSEDCOMM_DISABLE=1"
     switch = {
@@ -129,8 +143,24 @@ def _why_not(stage: Stage, facts: Facts) -> str:
         Stage.FUSED_NORM: "disable_fused_ar_norm",
         Stage.CUSTOM: "disable_custom_ar",
     }[stage]
-    if getattr(settings, switch):
-        return f"FUSEDCOMM_{switch.upper()}=1"
+    return f"FUSEDCOMM_{switch.upper()}=1" if getattr(settings, switch) else ""
+
+
+def _why_not_aiter(stage: Stage, facts: Facts) -> str:
+    """Why aiter does not make a stage; empty if it does."""
+    if stage is Stage.PROCESS_GROUP:
+        return facts.aiter_unavailable or "it makes no stage that is open"
+    call = (facts.num_tokens, facts.hidden_size, facts.dtype, facts.group_size, facts.archs)
+    return facts.aiter_unavailable or _switched_off(stage, facts.settings) or aiter.why_not_call(stage.value, *call)
+
+
+def _why_not(stage: Stage, facts: Facts) -> str:
+    """Why a stage cannot serve by the library's own kernels, or at all; empty if it can."""
+    if stage is Stage.PROCESS_GROUP:
+        return ""
+    settings = facts.settings
+    if reason := _switched_off(stage, settings):
+        return reason
     if settings.backend not in (None, "native"):
         return f"FUSEDCOMM_BACKEND={settings.backend}"
     if facts.custom_unavailable:

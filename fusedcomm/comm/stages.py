@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fusedcomm.comm import process_group
+from fusedcomm.comm.aiter import AiterCollectives
 from fusedcomm.comm.local import LocalOps
 from fusedcomm.comm.movement import DataMovement
 from fusedcomm.comm.native_collectives import NativeCollectives
@@ -40,6 +41,7 @@ class StagedCollectives(DataMovement):
     _facts: Callable[..., Facts]  # those of the group; op, shape and dtype of the call are filled in
 
     def __init__(self) -> None:
+        self._aiter: AiterCollectives | None = None
         self._plans: dict[tuple[object, ...], Plan] = {}
         self._direct_sum: NativeCollectives | None = None
         self._direct_norm: NativeCollectives | None = None
@@ -75,7 +77,7 @@ class StagedCollectives(DataMovement):
                 self._guard.lock.release()
         _check_sum(x, out, self.device)
         plan = self._plan("all_reduce", x)
-        result = self._run("all_reduce", x, None, self._sum, plan.stage, x, out)
+        result = self._run("all_reduce", x, None, self._sum, plan, x, out)
         self._stats[plan.counter] += 1
         return result
 
@@ -125,7 +127,8 @@ class StagedCollectives(DataMovement):
         if plan.stage is not Stage.FUSED_NORM:
             self._guard.check()
             return None
-        result = self._run("allreduce_rmsnorm", x, None, self._fused_norm, x, residual, weight, eps, weight_bias)
+        arguments = (x, residual, weight, eps, weight_bias)
+        result = self._run("allreduce_rmsnorm", x, None, self._fused_norm, plan, *arguments)
         self._stats[plan.counter] += 1
         return result
 
@@ -175,7 +178,7 @@ class StagedCollectives(DataMovement):
             self._guard.check()
             return None
         arguments = (x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
-        result = self._run(op, x, group_size, self._fused_quant, *arguments)
+        result = self._run(op, x, group_size, self._fused_quant, plan, *arguments)
         self._stats[plan.counter] += 1
         return result
 
@@ -195,7 +198,7 @@ class StagedCollectives(DataMovement):
         plan = self._plan("allreduce_rmsnorm", x)
 
         def staged() -> AddRMSNorm:
-            total = self._sum(plan.stage, x)
+            total = self._sum(plan, x)
             return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
 
         result = self._run("allreduce_rmsnorm", x, None, staged)
@@ -226,10 +229,10 @@ class StagedCollectives(DataMovement):
 
         def staged() -> AddRMSNormQuant:
             if plan.stage is Stage.FUSED_NORM:
-                norm, residual_out = self._fused_norm(x, residual, weight, eps, weight_bias)
+                norm, residual_out = self._fused_norm(plan, x, residual, weight, eps, weight_bias)
                 fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
                 return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
-            total = self._sum(plan.stage, x)
+            total = self._sum(plan, x)
             return self._local.fused_add_rms_norm_quant(
                 total, residual, weight, eps, weight_bias=weight_bias, **options
             )
@@ -240,9 +243,9 @@ class StagedCollectives(DataMovement):
 
     def _go_direct(self) -> None:
         """Takes the plan off the hot path: where the first stage of an operation serves every shape, calls go straight
-        to the kernels. Not where calls are compared first. On GPUs every shape means every H that the kernels take,
-        and the hot path looks at H."""
-        if self._custom is None or self._guard.compare_calls:
+        to the kernels. Not where calls are compared first, or some go to aiter. On GPUs every shape means every H that
+        the kernels take, and the hot path looks at H."""
+        if self._custom is None or self._aiter is not None or self._guard.compare_calls:
             return
         self._direct_hidden = FUSED_HIDDEN_ON_GPU if self.device.type == "cuda" else None
         largest = torch.Size((1, MAX_NORM_HIDDEN if self._direct_hidden is None else self._direct_hidden[-1]))
@@ -280,9 +283,16 @@ class StagedCollectives(DataMovement):
             )
         return plan
 
-    def _sum(self, stage: Stage, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        if self._custom is not None and stage is not Stage.PROCESS_GROUP:
-            return self._custom.all_reduce(x, out)
+    def _server(self, plan: Plan) -> NativeCollectives | AiterCollectives | None:
+        """Who sums in a plan, if not the process group or one rank alone."""
+        if plan.stage is Stage.PROCESS_GROUP:
+            return None
+        return self._aiter if plan.by_aiter else self._custom
+
+    def _sum(self, plan: Plan, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        server = self._server(plan)
+        if server is not None:
+            return server.all_reduce(x, out)
         x = x.detach().contiguous()
         out = torch.empty_like(x) if out is None else out
         if self._group is None:
@@ -292,19 +302,22 @@ class StagedCollectives(DataMovement):
 
     def _fused_norm(
         self,
+        plan: Plan,
         x: torch.Tensor,
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
         weight_bias: float,
     ) -> AddRMSNorm:
-        if self._custom is not None:
-            return self._custom.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
-        total = self._sum(Stage.FUSED_NORM, x)  # one rank
+        server = self._server(plan)
+        if server is not None:
+            return server.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
+        total = self._sum(plan, x)  # one rank
         return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
 
     def _fused_quant(
         self,
+        plan: Plan,
         x: torch.Tensor,
         residual: torch.Tensor | None,
         weight: torch.Tensor,
@@ -314,12 +327,13 @@ class StagedCollectives(DataMovement):
         emit_bf16: bool,
         scale_layout: ScaleLayout,
     ) -> AddRMSNormQuant:
-        if self._custom is not None:
-            return self._custom.allreduce_rmsnorm_quant(
+        server = self._server(plan)
+        if server is not None:
+            return server.allreduce_rmsnorm_quant(
                 x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
             )
         return self._local.fused_add_rms_norm_quant(
-            self._sum(Stage.FUSED, x),  # one rank
+            self._sum(plan, x),  # one rank
             residual,
             weight,
             eps,

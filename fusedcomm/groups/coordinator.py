@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from fusedcomm import native, platform
 from fusedcomm.comm import process_group
+from fusedcomm.comm.aiter import AiterCollectives
 from fusedcomm.comm.custom_gpu import GpuCustomAllReduce, TraceRecord
 from fusedcomm.comm.guard import CallGuard
 from fusedcomm.comm.local import local_ops
@@ -264,6 +265,8 @@ class GroupCoordinator(StagedCollectives):
         self._closed = True
         if self._custom is not None:
             self._custom.close()
+        if self._aiter is not None:
+            self._aiter.close()
         if self._group is not None and not self._forked:
             process_group.close(self._group, self.device, is_healthy=is_healthy)
         self._group = self._control = None
@@ -333,6 +336,10 @@ class GroupCoordinator(StagedCollectives):
         self._guard.compare_calls = self._settings.debug
         backend = find_local_backend(self._settings, self.device.type)
         self._local = local_ops(backend, platform.fp8_dtype(self.device))
+        archs = tuple(gpu.arch for gpu in agreement.gpus)
+        self._aiter, aiter_unavailable = AiterCollectives.set_up(
+            self._exchange, self._settings, archs, self._ranks, self.device, self._local
+        )
         sizes = choose_sizes(agreement, self.device.type)
         self._facts = functools.partial(
             Facts,
@@ -342,6 +349,8 @@ class GroupCoordinator(StagedCollectives):
             slot_bytes=sizes.slot_bytes,
             one_shot_max_bytes=sizes.one_shot_max_bytes,
             device_type=self.device.type,
+            archs=archs,
+            aiter_unavailable=aiter_unavailable,
         )
         self._go_direct()
 

@@ -73,7 +73,8 @@ def choose_local_backend(
         "triton": triton_available,
         "aiter": False,
     }
-    wanted = settings.backend
+    # aiter makes collectives; what is local beside them goes by itself, and their group says whether aiter can serve
+    wanted = None if settings.backend == "aiter" and not on_cpu else settings.backend
     if wanted is not None and not can[wanted]:
         usable = " or ".join(name for name, ok in can.items() if ok)
         raise SettingError(f"FUSEDCOMM_BACKEND: expected {usable} on {device_type} here, got {wanted!r}")

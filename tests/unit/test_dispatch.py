@@ -40,6 +40,8 @@ def choose(
         ("cuda", {"backend": "torch"}, "torch"),
         ("cpu", {"backend": "triton"}, "triton"),
         ("cuda", {"backend": "native", "disable": True}, "native"),
+        ("cuda", {"backend": "aiter"}, "native"),  # the local part of what aiter sums
+        ("cuda", {"backend": "aiter", "gpu": False}, "triton"),
     ],
 )
 def test_the_rule(device_type: str, facts: dict[str, object], expected: str) -> None:
@@ -53,7 +55,7 @@ def test_the_rule(device_type: str, facts: dict[str, object], expected: str) -> 
         ("cuda", {"backend": "native", "gpu": False}, "torch or triton on cuda"),
         ("cuda", {"backend": "triton", "triton": False}, "torch or native on cuda"),
         ("cpu", {"backend": "triton", "triton": False}, "torch or native on cpu"),
-        ("cuda", {"backend": "aiter"}, "torch or native or triton on cuda"),
+        ("cpu", {"backend": "aiter", "triton": False}, "torch or native on cpu"),
     ],
 )
 def test_a_forced_backend_that_cannot_serve(device_type: str, facts: dict[str, object], usable: str) -> None:
