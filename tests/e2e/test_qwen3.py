@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import RankPool
+from qwen3_bodies import NEW_TOKENS, PROMPTS, Reference, decode, decode_by_every_stage, reference
 from safetensors import safe_open
 
 import fusedcomm
 from fusedcomm.models import CheckpointError, Qwen3ForCausalLM, make_tiny_qwen3
 from fusedcomm.models.checkpoint import SINGLE
 from fusedcomm.models.tiny import TinyShape
+from fusedcomm.ops import reference as reference_ops
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: pip install fusedcomm[test]")
 
 WORLD_SIZES = [1, 2, 8]
-NEW_TOKENS = 64
-PROMPTS = torch.tensor([list(b"A block is its own communicator."), list(b"Same bits on every rank, always.")])
 SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 3, "head_dim": 64}
 
 
 # ---- on the ranks ----
-
-
-def decode(path: Path, dtype: torch.dtype | None, enable_fusion: bool) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Logits of the prompts, their greedy continuation, and what the collectives did; the same on all ranks."""
-    group = fusedcomm.init_distributed()
-    model = Qwen3ForCausalLM.from_pretrained(path, group, dtype, enable_fusion=enable_fusion)
-    group.reset_stats()
-    logits, stats = model(PROMPTS), group.stats()
-    tokens = model.generate(PROMPTS, NEW_TOKENS)
-    for x in (logits, tokens):
-        assert all(torch.equal(x, other) for other in group.all_gather(x.unsqueeze(0), dim=0))
-    return logits, tokens, stats
 
 
 def sampled(path: Path) -> torch.Tensor:
@@ -106,27 +93,6 @@ def loads_then_sums(paths: list[Path]) -> str:
 
 
 # ---- what they must give ----
-
-
-@dataclass(frozen=True)
-class Reference:
-    """transformers' logits in fp32 and bf16, and its greedy continuation in fp32."""
-
-    path: Path
-    fp32: torch.Tensor
-    bf16: torch.Tensor
-    tokens: torch.Tensor
-
-
-def reference(path: Path) -> Reference:
-    logits = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = transformers.Qwen3ForCausalLM.from_pretrained(path, dtype=dtype).eval()
-        with torch.no_grad():
-            logits[dtype] = model(PROMPTS).logits.float()
-        if dtype is torch.float32:
-            tokens = model.generate(PROMPTS, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return Reference(path, logits[torch.float32], logits[torch.bfloat16], tokens)
 
 
 def save_theirs(path: Path) -> Path:
@@ -226,7 +192,7 @@ class QuantisedLinear(torch.nn.Module):
         self.weight = weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        fp8, scale, _ = fusedcomm.ops.reference.per_group_quant_fp8(x)
+        fp8, scale, _ = reference_ops.per_group_quant_fp8(x)
         return (fp8.float() * scale.repeat_interleave(128, -1)) @ self.weight.T
 
 
@@ -287,6 +253,13 @@ def test_the_process_group_alone_gives_the_same_tokens(ranks: RankPool, referenc
         torch.testing.assert_close(logits, expected.fp32, rtol=0, atol=1e-4)
         assert torch.equal(tokens, expected.tokens)
         assert stats == {"allreduce_rmsnorm.process_group": 7}
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8"])
+def test_every_stage_gives_the_same_tokens(ranks: RankPool, tmp_path: Path, quantization: Any) -> None:
+    path = make_tiny_qwen3(tmp_path, quantization, shape=TinyShape(num_layers=2))
+    tokens = ranks(2).run(decode_by_every_stage, path, 16)
+    assert torch.equal(tokens[0], tokens[1])
 
 
 def test_each_rank_reads_its_share(ranks: RankPool, references: dict[str, Reference]) -> None:

@@ -99,14 +99,16 @@ def _worlds(config: pytest.Config) -> list[World]:
 
 def _selected(worlds: list[World], which: str) -> list[World]:
     """all: every one; main: the largest with one rank a GPU; main+shared: and those that share;
-    pair: the smallest; even: those of 4 and more ranks, an even number."""
+    pair: the smallest; even: those of 4 and more ranks, an even number; divides: main+shared of 2, 4 and 8 ranks."""
     own = [world for world in worlds if not world.shared]
     main = own[-1:] or worlds[:1]
     shared = [world for world in worlds if world.shared]
+    both = [*main, *(world for world in shared if world not in main)]
     return {
         "all": worlds,
         "main": main,
-        "main+shared": [*main, *(world for world in shared if world not in main)],
+        "main+shared": both,
+        "divides": [world for world in both if world.size in (2, 4, 8)],
         "pair": worlds[:1],
         "even": [world for world in worlds if world.size >= 4 and world.size % 2 == 0],
     }[which]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
 
 import pytest
 import torch
 from cases import DTYPES, make
+from op_samples import block, check_mutation, check_registration, equal, samples
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedcomm import AddRMSNorm, AddRMSNormQuant, ScaleLayout, native, ops
 
 LAYOUTS = list(ScaleLayout)
-FLAGS = {
-    ScaleLayout.ROW_MAJOR: (False, False),
-    ScaleLayout.COLUMN_MAJOR: (True, False),
-    ScaleLayout.UE8M0_PACKED: (False, True),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -25,59 +20,14 @@ def library() -> None:
     assert native.load() is not None, "the native library is not built"
 
 
-def samples(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...]]]:
-    """(operator, arguments) for every operator without a communicator."""
-    x, residual = make(1, (3, 256), dtype, "ordinary"), make(2, (3, 256), dtype, "ordinary")
-    weight, out, other = make(3, (256,), dtype, "ordinary"), torch.empty_like(x), torch.empty_like(x)
-    found: list[tuple[str, tuple[Any, ...]]] = [
-        ("rms_norm", (x, weight, 1e-6, 0.0)),
-        ("rms_norm_out", (x, weight, 1e-6, 0.0, out)),
-        ("fused_add_rms_norm", (x, residual, weight, 1e-6, 1.0)),
-        ("fused_add_rms_norm", (x, None, weight.float(), 1e-6, 1.0)),
-        ("fused_add_rms_norm_out", (x, residual, weight, 1e-6, 1.0, out, other)),
-        ("fused_add_rms_norm_out", (x, None, weight, 1e-6, 1.0, out, other)),
-    ]
-    for layout in LAYOUTS:
-        for fp8 in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
-            fnuz = fp8 is torch.float8_e4m3fnuz
-            quant = ops.per_group_quant_fp8(x, scale_layout=layout, fp8_dtype=fp8)
-            found += [
-                ("per_group_quant_fp8", (x, 128, *FLAGS[layout], fnuz)),
-                ("per_group_quant_fp8_out", (x, 64 if quant.scale.shape[-1] == 4 else 128, quant.fp8, quant.scale)),
-                ("fused_add_rms_norm_quant", (x, residual, weight, 1e-6, 0.0, 128, *FLAGS[layout], fnuz)),
-                ("fused_add_rms_norm_quant", (x, None, weight, 1e-6, 0.0, 128, *FLAGS[layout], fnuz)),
-                (
-                    "fused_add_rms_norm_quant_out",
-                    (x, residual, weight, 1e-6, 0.0, 128, quant.fp8, quant.scale, out, other),
-                ),
-                ("fused_add_rms_norm_quant_out", (x, None, weight, 1e-6, 0.0, 128, quant.fp8, quant.scale, out, None)),
-            ]
-    return found
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
-    """Registration, fakes, tracing with dynamic shapes; and the schema, which torch cannot check on FP8 tensors."""
-    without_schema = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    for name, arguments in samples(dtype):
-        utils = without_schema if "quant" in name else ("test_schema", *without_schema)
-        torch.library.opcheck(getattr(torch.ops.fusedcomm, name).default, arguments, test_utils=utils)
+    check_registration(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exactly_what_the_schema_says_is_mutated(dtype: torch.dtype) -> None:
-    """What opcheck's test_schema does, for FP8 tensors too."""
-    for name, arguments in samples(dtype):
-        operator = getattr(torch.ops.fusedcomm, name).default
-        given = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments]
-        results = operator(*given)
-        results = [] if results is None else [results] if isinstance(results, torch.Tensor) else list(results)
-        for declared, before, after in zip(operator._schema.arguments, arguments, given, strict=True):
-            if not isinstance(before, torch.Tensor):
-                continue
-            assert after.data_ptr() not in [t.data_ptr() for t in results], f"{name}: a result aliases {declared.name}"
-            written = declared.alias_info is not None and declared.alias_info.is_write
-            assert written or equal(before, after), f"{name}: {declared.name} is mutated"
+    check_mutation(dtype)
 
 
 def test_every_local_operator_has_been_checked() -> None:
@@ -96,20 +46,6 @@ def test_fakes_have_the_strides_of_the_real_results(layout: ScaleLayout, shape: 
         fake = ops.fused_add_rms_norm_quant(fake_x, fake_x, fake_weight, 1e-6, scale_layout=layout, emit_bf16=True)
     for a, b in zip(real[:4], fake[:4], strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
-
-
-def block(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, layout: ScaleLayout) -> tuple[Any, ...]:
-    """All local ops with what surrounds them in a model."""
-    norm, residual = ops.fused_add_rms_norm(x * 2, residual, weight, 1e-6)
-    again = ops.rms_norm(norm + 1, weight, 1e-6, weight_bias=1.0)
-    quant = ops.per_group_quant_fp8(again, scale_layout=layout)
-    full = ops.fused_add_rms_norm_quant(again, residual, weight, 1e-6, emit_bf16=True, scale_layout=layout)
-    return norm, residual, again, quant.fp8, quant.scale, *full[:4]
-
-
-def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
-    return a.stride() == b.stride() and torch.equal(a.contiguous().view(bits), b.contiguous().view(bits))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
