@@ -71,7 +71,8 @@ def close(group: dist.ProcessGroup, device: torch.device, *, is_healthy: bool) -
     if not _is_nccl(group):
         return
     if is_healthy:
-        torch.cuda.synchronize(device)
+        with contextlib.suppress(RuntimeError):  # of a kernel that ran before; the next use of the device raises it too
+            torch.cuda.synchronize(device)
     group.abort()  # shutdown() would wait for peers, which may be gone or still busy
 
 
