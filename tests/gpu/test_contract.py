@@ -14,7 +14,6 @@ BODIES = [
     contract.all_kinds_of_values,
     contract.negative_zeros,
     contract.against_torch_distributed,
-    contract.one_row_alone_and_among_many,
     contract.process_group_within_reason,
     contract.fused_or_none,
     contract.out_forms,

@@ -98,17 +98,20 @@ def killed(op: str, forced: str, dead: int, replayed: bool) -> float:
     return elapsed
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("op", "forced", "replayed"),
-    [("all_reduce", "one_shot", False), ("allreduce_rmsnorm_quant", "two_shot", False), (OPS[1], "one_shot", True)],
+    [
+        pytest.param(OPS[0], "one_shot", False, marks=pytest.mark.smoke),
+        (OPS[2], "two_shot", False),
+        (OPS[1], "one_shot", True),
+    ],
 )
 def test_a_killed_rank(pair_on: int | None, op: str, forced: str, replayed: bool) -> None:
     times = run_ranks(2, killed, op, forced, 1, replayed, launcher="spawn", expect_dead={1}, gpus=pair_on)
     assert times[1] is DEAD
 
 
-def test_a_killed_rank_among_three(request: pytest.FixtureRequest, gpus: int, pair_on: int | None) -> None:
+def test_a_killed_rank_among_three(gpus: int, pair_on: int | None) -> None:
     where = None if pair_on is None else min(gpus, 3)
     times = run_ranks(3, killed, OPS[2], "one_shot", 0, False, launcher="spawn", expect_dead={0}, gpus=where)
     assert times[0] is DEAD
@@ -259,10 +262,9 @@ def without_memory(failing: str) -> None:
         works(another)
 
 
-@pytest.mark.smoke
 @pytest.mark.needs_cuda
 @pytest.mark.worlds("main")
-@pytest.mark.parametrize("failing", ["slab_allocate", "slab_open"])
+@pytest.mark.parametrize("failing", [pytest.param("slab_allocate", marks=pytest.mark.smoke), "slab_open"])
 def test_no_memory_on_one_rank(world: Any, failing: str) -> None:
     world.run(without_memory, failing)
 

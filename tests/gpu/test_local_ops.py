@@ -48,6 +48,11 @@ def backend(request: pytest.FixtureRequest, where: torch.device) -> Iterator[str
         yield name
 
 
+def some(values: Any, backend: str, *few: Any) -> Any:
+    """All values; for Triton, which compiles a kernel for every width, dtype and form, those named."""
+    return few if backend == "triton" else values
+
+
 def check_norms(findings: Findings, seed: int, shape: tuple[int, ...], dtype: torch.dtype, where: torch.device) -> None:
     kind = ("ordinary", "ordinary", "bits", "specials")[seed % 4]
     x = random_tensor(seed, shape, dtype, kind, where)
@@ -120,7 +125,8 @@ def test_the_oracle_on_this_device(where: torch.device) -> None:
 @pytest.mark.smoke
 def test_norms(backend: str, where: torch.device) -> None:
     findings = Findings()
-    for seed, (hidden, dtype) in enumerate(itertools.product(HIDDEN, DTYPES)):
+    hidden_sizes, dtypes = some(HIDDEN, backend, 1000, 4096), some(DTYPES, backend, torch.bfloat16)
+    for seed, (hidden, dtype) in enumerate(itertools.product(hidden_sizes, dtypes)):
         for number, rows in enumerate(ROWS if hidden <= 16384 else (1, 3)):
             if backend != "native" and rows > 130:
                 continue
@@ -134,11 +140,11 @@ def test_norms(backend: str, where: torch.device) -> None:
 @pytest.mark.smoke
 def test_quantisation(backend: str, where: torch.device) -> None:
     findings = Findings()
-    sizes = [h for h in HIDDEN if h % 32 == 0]
-    for seed, (hidden, layout, dtype) in enumerate(itertools.product(sizes, LAYOUTS, DTYPES)):
+    sizes, dtypes = some([h for h in HIDDEN if h % 32 == 0], backend, 1536), some(DTYPES, backend, torch.bfloat16)
+    for seed, (hidden, layout, dtype) in enumerate(itertools.product(sizes, LAYOUTS, dtypes)):
         for number, rows in enumerate((0, 1, 5, 66) if backend == "native" and hidden <= 16384 else (1, 5)):
             for group_size in (g for g in GROUP_SIZES if hidden % g == 0):
-                if group_size != 128 and (seed + number) % 3:
+                if group_size != 128 and ((seed + number) % 3 or backend == "triton"):
                     continue
                 check_quants(findings, 5 * seed + number, (rows, hidden), dtype, group_size, layout, where)
         if hidden % 128 == 0:
@@ -149,7 +155,8 @@ def test_quantisation(backend: str, where: torch.device) -> None:
 def test_against_the_specification(backend: str, where: torch.device) -> None:
     """Without the oracle between: small tensors of every kind, judged by NumPy."""
     findings = Findings()
-    for seed, (kind, dtype, layout) in enumerate(itertools.product(KINDS, DTYPES, LAYOUTS)):
+    dtypes = some(DTYPES, backend, torch.bfloat16)
+    for seed, (kind, dtype, layout) in enumerate(itertools.product(KINDS, dtypes, LAYOUTS)):
         x, residual = make(seed, (5, 1280), dtype, kind), make(seed + 1, (5, 1280), dtype, "ordinary")
         weight = make(seed + 2, (1280,), dtype, "ordinary")
         want = spec.add_norm(spec.widen(x), residual, weight, 1e-6, dtype)
@@ -191,7 +198,10 @@ def test_every_conversion_to_fp8(backend: str, where: torch.device, dtype: torch
 def test_out_forms_and_aliases(backend: str, where: torch.device, layout: ScaleLayout) -> None:
     findings = Findings()
     for seed, (dtype, shape) in enumerate(
-        itertools.product(DTYPES, [(128,), (7, 384), (2, 3, 1280), (0, 256), (66, 4096)])
+        itertools.product(
+            some(DTYPES, backend, torch.float16),
+            some([(128,), (7, 384), (2, 3, 1280), (0, 256), (66, 4096)], backend, (7, 384), (0, 384)),
+        )
     ):
         x, residual = (random_tensor(seed + n, shape, dtype, "ordinary", where) for n in (0, 1))
         weight = random_tensor(seed + 2, shape[-1:], dtype, "ordinary", where)
@@ -235,7 +245,7 @@ def test_out_forms_and_aliases(backend: str, where: torch.device, layout: ScaleL
 def test_awkward_inputs(backend: str, where: torch.device) -> None:
     """Views that begin anywhere, strides, expanded dimensions; a row does not depend on the others."""
     findings = Findings()
-    for dtype in DTYPES:
+    for dtype in some(DTYPES, backend, torch.bfloat16):
         weight = random_tensor(1, (1024,), dtype, "ordinary", where)
         room = random_tensor(2, (9 * 1024 + 16,), dtype, "ordinary", where)
         views = {f"{n} elements in": room[n : n + 9 * 1024].view(9, 1024) for n in (0, 1, 2, 3, 4, 8)}
@@ -310,10 +320,10 @@ def test_tensors_on_two_devices_are_refused(where: torch.device) -> None:
         ops.rms_norm(x, w, 1e-6, out=x.cpu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(where: torch.device, dtype: torch.dtype) -> None:
-    check_registration(dtype, where)
-    check_mutation(dtype, where)
+def test_opcheck(where: torch.device) -> None:
+    check_registration(torch.bfloat16, where)
+    for dtype in DTYPES:
+        check_mutation(dtype, where)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
