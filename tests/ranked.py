@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import spec
@@ -13,7 +14,7 @@ from cases import make
 from harness import device
 
 import fusedcomm
-from fusedcomm import GroupCoordinator, ScaleLayout
+from fusedcomm import GroupCoordinator, ScaleLayout, Settings
 
 
 def input_of(seed: int, rank: int, shape: Sequence[int], dtype: torch.dtype, kind: str = "ordinary") -> torch.Tensor:
@@ -28,9 +29,18 @@ def inputs_of_all(
     return [input_of(seed, rank, shape, dtype, kind) for rank in range(group.world_size)]
 
 
-def new_group(ranks: Sequence[int] | None = None, **options: Any) -> GroupCoordinator:
+# A kernel that waits for ever costs a run on GPUs this long; a body of many calls may take longer.
+GPU_TIMEOUT_S: Final = 12.0
+
+
+def new_group(
+    ranks: Sequence[int] | None = None, *, settings: Settings | None = None, **options: Any
+) -> GroupCoordinator:
     """A GroupCoordinator on the device that this rank was given: the CPU, or its GPU."""
-    return GroupCoordinator(ranks, device=device(), **options)
+    where = device()
+    if settings is not None and where.type == "cuda" and settings.timeout_s == Settings().timeout_s:
+        settings = dataclasses.replace(settings, timeout_s=GPU_TIMEOUT_S)
+    return GroupCoordinator(ranks, device=where, settings=settings, **options)
 
 
 def init_group(**options: Any) -> GroupCoordinator:

@@ -175,9 +175,7 @@ def norms(dtype: torch.dtype, gemma: bool) -> None:
     total = torch.zeros(7, 512)
     for part in group.all_gather(mine.unsqueeze(0), dim=0):
         total = total + part.float()
-    expected = reference.fused_add_rms_norm(
-        total.to(dtype), residual, norm.weight, 1e-5, weight_bias=norm.weight_bias
-    )
+    expected = reference.fused_add_rms_norm(total.to(dtype), residual, norm.weight, 1e-5, weight_bias=norm.weight_bias)
     for addend in (mine, PartialSum(mine, group)):
         y, r = norm.forward_with_allreduce_fusion(addend, residual)
         assert torch.equal(y, expected.norm)

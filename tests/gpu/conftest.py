@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import RankPool
+from ranked import GPU_TIMEOUT_S
 
 NO_GPU = "no GPU: torch.cuda.is_available() is False"
-# A wait that never ends is an error after this; a body of many calls has its own, longer limit.
-ENV = {"FUSEDCOMM_TIMEOUT_S": "12"}
+ENV = {"FUSEDCOMM_TIMEOUT_S": f"{GPU_TIMEOUT_S:g}"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skips what cannot run here, with the reason."""
     on_cpu = config.getoption("on_cpu")
     for item in items:
-        if "gpu" not in item.path.parts:
+        if Path(__file__).parent not in item.path.parents:
             continue
         if on_cpu and item.get_closest_marker("needs_cuda"):
             item.add_marker(pytest.mark.skip(reason="needs CUDA: this run is --on-cpu"))

@@ -107,7 +107,7 @@ def create_and_close(cycles: int) -> float:
 
     def some(count: int) -> None:
         for cycle in range(count):
-            with new_group(settings=Settings(buffer_mb=1 + cycle % 3, timeout_s=12)) as group:
+            with new_group(settings=Settings(buffer_mb=1 + cycle % 3)) as group:
                 if cycle % 10 == 0:
                     works(group)
         dist.barrier()
@@ -167,7 +167,7 @@ def memory_of_a_group() -> tuple[int, int]:
     works(works_first)
     works_first.close()
     sizes = []
-    for settings in (None, Settings(buffer_mb=1, timeout_s=12)):
+    for settings in (None, Settings(buffer_mb=1)):
         dist.barrier()
         free = free_memory()
         group = new_group(settings=settings)

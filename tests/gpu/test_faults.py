@@ -246,7 +246,7 @@ def without_memory(failing: str) -> None:
         warnings.simplefilter("always")
         if dist.get_rank() == 1:
             monkeypatch.setattr(gpu, failing, fails)
-        group = new_group(settings=Settings(deterministic=True, timeout_s=12))
+        group = new_group(settings=Settings(deterministic=True))
     with group:
         plan = group.explain("all_reduce", (4, 128), torch.float32)
         assert plan.stage == "process_group", str(plan)
@@ -276,7 +276,7 @@ def more_than_there_is() -> None:
     dist.barrier()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with new_group(settings=Settings(buffer_mb=16384, deterministic=True, timeout_s=12)) as group:
+        with new_group(settings=Settings(buffer_mb=16384, deterministic=True)) as group:
             assert group.explain("all_reduce", (4, 128), torch.float32).stage == "process_group"
             works(group)
     del taken
@@ -449,7 +449,7 @@ def test_explain(world: Any) -> None:
 
 def debugged() -> None:
     """FUSEDCOMM_DEBUG=1: calls that differ by rank fail on all before anything is launched."""
-    with new_group(settings=Settings(debug=True, timeout_s=12)) as group:
+    with new_group(settings=Settings(debug=True)) as group:
         works(group)
         x = torch.ones(3 + (group.rank == 0), 256, device=group.device)
         raises(fusedcomm.CallMismatchError, lambda: group.all_reduce(x), "different calls", "rank 0")

@@ -190,7 +190,7 @@ def random_calls(seed: int, calls: int, num_cases: int, num_graphs: int, most: i
     rng = np.random.default_rng(seed)  # the same on every rank
     own = random.Random(seed * 100 + dist.get_rank())
     findings = Findings()
-    with new_group() as group, new_group(settings=Settings(buffer_mb=1, timeout_s=12)) as small:
+    with new_group() as group, new_group(settings=Settings(buffer_mb=1)) as small:
         side = Side(group.device)
         noise = Noise(group.device) if noisy else None
         for first in range(0, calls, calls // rounds):
@@ -301,7 +301,7 @@ def test_groups_that_overlap(world: Any) -> None:
 def the_same_ranks_twice(calls: int) -> None:
     """Two groups of all ranks, of different buffers: nothing of one is the other's."""
     findings = Findings()
-    with new_group() as first, new_group(settings=Settings(buffer_mb=1, timeout_s=12)) as second:
+    with new_group() as first, new_group(settings=Settings(buffer_mb=1)) as second:
         groups: tuple[GroupCoordinator, ...] = (first, second)
         prepared = [Prepared(first, varied(n, OPS[n % 3], (1 + 9 * n, 1024), torch.float16)) for n in range(6)]
         for call in range(calls):

@@ -23,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def sizes(rows: tuple[int, ...], hidden: tuple[int, ...], forced: str | None, buffer_mb: int | None) -> int:
     """All operations at all sizes and dtypes; the options go round."""
     findings = Findings()
-    settings = None if buffer_mb is None else Settings(buffer_mb=buffer_mb, timeout_s=12)
+    settings = None if buffer_mb is None else Settings(buffer_mb=buffer_mb)
     with algorithm(forced), new_group(settings=settings) as group:
         before = group.stats()
         for seed, (h, t, dtype, op) in enumerate(itertools.product(hidden, rows, DTYPES, OPS)):
