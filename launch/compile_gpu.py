@@ -3,8 +3,8 @@
 compile_gpu.py OUT [TARGET…]     without targets: all those whose tools are here
 
 sm_80 sm_90 sm_100   nvcc and ptxas    -> OUT/TARGET/NAME.ptx, NAME.cubin, NAME.txt (registers, spills)
-gfx942 gfx950        clang 22, lld 22  -> OUT/TARGET/NAME.s, NAME.co; the host half is checked as well
-                     and the HIP headers and device bitcode of the triton wheel
+gfx942 gfx950        clang 22, lld 22  -> OUT/TARGET/NAME.s, NAME.co, NAME.ll (before any optimisation)
+                     and the HIP headers and device bitcode of the triton wheel; the host half is checked as well
 
 A target that is up to date is left alone. Exit code 3, with the reason, when the tools for a target asked for (or for
 all) are missing.
@@ -110,10 +110,12 @@ def compile_nvidia(source: Path, target: str, out: Path) -> None:
 
 
 def compile_amd(source: Path, target: str, out: Path, tree: Path) -> None:
-    """Assembly, and from it the code object."""
+    """Assembly, and from it the code object; the code as the front end hands it over."""
     assembly = out / f"{source.stem}.s"
     device = (f"--rocm-path={tree}", "--offload-device-only", f"--offload-arch={target}", "-S")
     run(CLANG, *HIP_FLAGS, *WARNINGS, *INCLUDES, *device, source, "-o", assembly)
+    unoptimised = ("-emit-llvm", "-Xclang", "-disable-llvm-passes")
+    run(CLANG, *HIP_FLAGS, *INCLUDES, *device, *unoptimised, source, "-o", assembly.with_suffix(".ll"))
     run(CLANG, "--target=amdgcn-amd-amdhsa", f"-mcpu={target}", assembly, "-o", assembly.with_suffix(".co"))
 
 
