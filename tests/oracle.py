@@ -192,5 +192,7 @@ def _first(got: torch.Tensor, want: torch.Tensor) -> str:
     where = differ.nonzero()
     at = tuple(int(i) for i in where[0])
     rows = sorted({int(i[0]) for i in where[:10_000]}) if want.dim() > 1 else []
-    text = f"first at {at}: got {got[at].item()!r} ({int(a[at]):#x}), expected {want[at].item()!r} ({int(b[at]):#x})"
+    mask = (1 << 8 * want.element_size()) - 1
+    shown = [f"{t[at].item()!r} (bits {int(i[at]) & mask:x})" for t, i in ((got, a), (want, b))]
+    text = f"first at {at}: got {shown[0]}, expected {shown[1]}"
     return f"{text}; rows {rows[:12]}{'…' * (len(rows) > 12)}" if rows else text
