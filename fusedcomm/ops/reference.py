@@ -29,7 +29,7 @@ def tree_sum(x: torch.Tensor) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, weight_bias: float = 0.0) -> torch.Tensor:
     """RMSNorm of ``x [..., H]`` in fp32, rounded once to its dtype."""
     r = x.float()
-    mean = tree_sum(r * r) / x.shape[-1]
+    mean = _divide(tree_sum(r * r), x.shape[-1])
     # torch's fp32 sqrt is not always correctly rounded (it may come from a vector maths library); by way of fp64 both
     # steps are: 53 bits are enough for an innocuous second rounding of a 24-bit root or quotient.
     root = (mean + eps).double().sqrt().float()
@@ -61,7 +61,7 @@ def per_group_quant_fp8(
     fp8_max = torch.finfo(fp8_dtype).max
     groups = x.float().unflatten(-1, (-1, group_size))
     amax = groups.abs().amax(-1)
-    scale = torch.where(amax < MIN_AMAX, MIN_AMAX, amax) / fp8_max
+    scale = _divide(torch.where(amax < MIN_AMAX, MIN_AMAX, amax), fp8_max)
     if scale_layout is ScaleLayout.UE8M0_PACKED:
         exponent = ((scale.view(torch.int32) + 0x7FFFFF) >> 23).clamp(min=0, max=255)
         exponent = torch.where(scale.isnan(), 255, exponent)
@@ -93,6 +93,11 @@ def fused_add_rms_norm_quant(
         norm, group_size=group_size, scale_layout=scale_layout, fp8_dtype=fp8_dtype
     )
     return AddRMSNormQuant(fp8, scale, r, norm if emit_bf16 else None, layout)
+
+
+def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
+    """x / by, correctly rounded: for a number, torch multiplies by its reciprocal on GPUs."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
 def column_major(scale: torch.Tensor) -> torch.Tensor:
