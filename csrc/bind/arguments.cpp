@@ -86,9 +86,8 @@ Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::co
 std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : t; }
 
 void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(
-      same_device(t, x) && t.is_contiguous() && t.scalar_type() == x.scalar_type() && same_shape(t, x), name,
-      ": expected a contiguous tensor like x");
+  STD_TORCH_CHECK(same_device(t, x) && t.is_contiguous() && t.scalar_type() == x.scalar_type() && same_shape(t, x),
+                  name, ": expected a contiguous tensor like x");
 }
 
 Tensor new_like(const Tensor& x) {

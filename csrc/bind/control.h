@@ -7,6 +7,9 @@
 
 namespace fusedcomm {
 
+// The lowest bit is set in the handles of GPU communicators (gpu_control.h): a tensor on another device than its group
+// reaches the operators of that device, which refuse the handle.
+inline bool is_cpu_handle(int64_t handle) { return handle != 0 && (handle & 1) == 0; }
 inline cpu::Communicator& communicator(int64_t handle) { return *reinterpret_cast<cpu::Communicator*>(handle); }
 
 // torch's intra-op threads; see cpu::ParallelFor.

@@ -121,7 +121,7 @@ FUSEDCOMM_EXPORT int64_t fusedcomm_gpu_comm_create(const FusedcommGpuConfig* c, 
       mapped.push_back(reinterpret_cast<void*>(slabs[r]));
       headers.push_back(reinterpret_cast<fusedcomm::cpu::SegmentHeader*>(segments[r]));
     }
-    return reinterpret_cast<int64_t>(
+    return gpu::handle_of(
         new gpu::Communicator(config, mapped, headers, std::vector<int>(pidfds, pidfds + c->world_size)));
   });
 }
@@ -147,9 +147,7 @@ FUSEDCOMM_EXPORT void fusedcomm_gpu_comm_failure_text(int64_t handle, char* text
   copy_text(gpu::communicator(handle).message(), text, size_t(size));
 }
 
-FUSEDCOMM_EXPORT void fusedcomm_gpu_comm_fail(int64_t handle, const char* why) {
-  gpu::communicator(handle).fail(why);
-}
+FUSEDCOMM_EXPORT void fusedcomm_gpu_comm_fail(int64_t handle, const char* why) { gpu::communicator(handle).fail(why); }
 
 FUSEDCOMM_EXPORT void fusedcomm_gpu_comm_counts(int64_t handle, uint64_t counts[2]) {
   counts[0] = gpu::communicator(handle).num_one_shot();
@@ -180,6 +178,7 @@ FUSEDCOMM_EXPORT int32_t fusedcomm_gpu_comm_trace(int64_t handle, FusedcommGpuTr
 
 // For measurements: how kernels are laid out on a device from now on; -1 keeps a value. See Geometry in gpu/kernels.h.
 FUSEDCOMM_EXPORT void fusedcomm_gpu_set_geometry(int32_t device, int32_t overlaps, int32_t cluster_threads,
-                                                 int32_t sum_threads, int32_t two_shot_blocks) {
-  gpu::set_geometry(device, overlaps, cluster_threads, sum_threads, two_shot_blocks);
+                                                 int32_t sum_threads, int32_t resident_threads, int32_t lead,
+                                                 int32_t pause_ns) {
+  gpu::set_geometry(device, overlaps, cluster_threads, sum_threads, resident_threads, lead, pause_ns);
 }

@@ -145,6 +145,7 @@ std::tuple<Tensor, Tensor> per_group_quant_fp8(Tensor x, int64_t group_size, boo
 // ---- collectives: always done when they return, as far as the host is concerned ----
 
 gpu::Communicator& communicator_for(int64_t handle, const Tensor& x) {
+  STD_TORCH_CHECK(gpu::is_gpu_handle(handle) && x.is_cuda(), "x: expected a tensor on the device of the group");
   gpu::Communicator& comm = gpu::communicator(handle);
   STD_TORCH_CHECK(x.get_device_index() == comm.config().device, "x: expected a tensor on the device of the group");
   return comm;

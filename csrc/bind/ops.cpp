@@ -165,11 +165,16 @@ std::tuple<Tensor, Tensor> per_group_quant_fp8(Tensor x, int64_t group_size, boo
 // The forms that allocate exist for speed: where ranks share cores, every call out of Python costs each rank
 // microseconds of cold code, and four allocations would cost more than the collective.
 
+cpu::Communicator& cpu_communicator(int64_t handle) {
+  STD_TORCH_CHECK(is_cpu_handle(handle), "x: expected a tensor on the device of the group");
+  return communicator(handle);
+}
+
 bool comm_all_reduce_out(int64_t comm, Tensor x, Tensor out) {
   x = dense(x);
   check_like("out", out, x);
   check_overlap("out", out, x);
-  return communicator(comm).all_reduce(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), x.numel());
+  return cpu_communicator(comm).all_reduce(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), x.numel());
 }
 
 std::tuple<Tensor, bool> comm_all_reduce(int64_t comm, Tensor x) {
@@ -182,7 +187,7 @@ bool comm_allreduce_rmsnorm_out(int64_t comm, Tensor x, std::optional<Tensor> re
                                 double weight_bias, Tensor norm, Tensor residual_out) {
   x = dense(x), residual = dense(residual), weight = dense(weight);
   const NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
-  return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
+  return cpu_communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
 }
 
 std::tuple<Tensor, Tensor, bool> comm_allreduce_rmsnorm(int64_t comm, Tensor x, std::optional<Tensor> residual,
@@ -198,7 +203,7 @@ bool comm_allreduce_rmsnorm_quant_out(int64_t comm, Tensor x, std::optional<Tens
   x = dense(x), residual = dense(residual), weight = dense(weight);
   NormTarget target = norm_target(x, residual, weight, eps, weight_bias, norm, residual_out);
   target.quant = quant_target(x, group_size, fp8, scale);
-  return communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
+  return cpu_communicator(comm).all_reduce_norm(dtype_of(x), x.const_data_ptr(), shape_of(x).rows, target);
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>, bool> comm_allreduce_rmsnorm_quant(
@@ -218,27 +223,27 @@ bool comm_all_gather(int64_t comm, Tensor x, Tensor out) {
   x = dense(x);
   const int64_t bytes = x.numel() * int64_t(x.element_size());
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && out.is_cpu() && out.is_contiguous() &&
-                      out.numel() * int64_t(out.element_size()) == bytes * communicator(comm).config().world_size,
+                      out.numel() * int64_t(out.element_size()) == bytes * cpu_communicator(comm).config().world_size,
                   "out: expected a contiguous CPU tensor of world_size times x");
-  return communicator(comm).all_gather(x.const_data_ptr(), out.mutable_data_ptr(), bytes);
+  return cpu_communicator(comm).all_gather(x.const_data_ptr(), out.mutable_data_ptr(), bytes);
 }
 
 bool comm_reduce_scatter(int64_t comm, Tensor x, Tensor out) {
   x = dense(x);
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && out.is_cpu() && out.is_contiguous() &&
                       x.scalar_type() == out.scalar_type() &&
-                      x.numel() == out.numel() * communicator(comm).config().world_size,
+                      x.numel() == out.numel() * cpu_communicator(comm).config().world_size,
                   "out: expected a contiguous CPU tensor of 1/world_size of x");
-  return communicator(comm).reduce_scatter(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), out.numel());
+  return cpu_communicator(comm).reduce_scatter(dtype_of(x), x.const_data_ptr(), out.mutable_data_ptr(), out.numel());
 }
 
 bool comm_broadcast(int64_t comm, Tensor x, int64_t src) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous(), "x: expected a contiguous CPU tensor");
-  STD_TORCH_CHECK(src >= 0 && src < communicator(comm).config().world_size, "src: expected a rank of the group");
-  return communicator(comm).broadcast(x.mutable_data_ptr(), x.numel() * int64_t(x.element_size()), int(src));
+  STD_TORCH_CHECK(src >= 0 && src < cpu_communicator(comm).config().world_size, "src: expected a rank of the group");
+  return cpu_communicator(comm).broadcast(x.mutable_data_ptr(), x.numel() * int64_t(x.element_size()), int(src));
 }
 
-bool comm_barrier(int64_t comm) { return communicator(comm).barrier(); }
+bool comm_barrier(int64_t comm) { return cpu_communicator(comm).barrier(); }
 
 STABLE_TORCH_LIBRARY(fusedcomm, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_bias) -> Tensor");

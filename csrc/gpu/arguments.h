@@ -23,6 +23,7 @@ struct NormArguments {
   float weight_bias = 0.0f;
   float eps = 0.0f;
   int32_t hidden = 0;
+  float inverse_hidden = 0.0f;  // round(1 / hidden)
   bool weight_is_fp32 = false;
   QuantTarget quant;  // quant.fp8 null: not wanted
 };

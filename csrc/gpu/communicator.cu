@@ -1,13 +1,12 @@
-#include "gpu/communicator.h"
-
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <mutex>
 #include <cstring>
+#include <mutex>
 
+#include "gpu/communicator.h"
 #include "gpu/kernels.h"
 
 namespace fusedcomm::gpu {
@@ -116,17 +115,19 @@ Communicator::~Communicator() {
 
 void Communicator::all_reduce(DType dtype, const void* x, void* out, int64_t count, void* stream) {
   check();
+  if (count == 0) return;
   const int64_t element = element_bytes(dtype), bytes = count * element;
   const SlabLayout& layout = impl_->group.layout;
   const bool one_shot = bytes <= config_.one_shot_max_bytes;
-  const int64_t capacity = one_shot ? int64_t(layout.one_shot_slots) * kSlotBytes
-                                    : int64_t(layout.two_shot_slots) * kSlotBytes / kFlatRowBytes * kFlatRowBytes;
+  const int64_t capacity = int64_t(one_shot ? layout.one_shot_slots : layout.two_shot_slots) * kSlotBytes;
+  // pieces of one size, of whole slots: each costs its hops
+  const int64_t piece = slots_of(divide_up(bytes, divide_up(bytes, capacity))) * kSlotBytes;
   const DeviceGuard guard(config_.device);
-  for (int64_t done = 0; done < bytes; done += capacity) {
+  for (int64_t done = 0; done < bytes; done += piece) {
     SumArguments a;
     a.x = static_cast<const char*>(x) + done;
     a.out = static_cast<char*>(out) + done;
-    a.count = std::min(capacity, bytes - done) / element;
+    a.count = std::min(piece, bytes - done) / element;
     check_status(kernels_of(dtype).sum(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
                                        impl_->geometry, a, static_cast<Stream>(stream)),
                  "launching all_reduce");
@@ -137,16 +138,19 @@ void Communicator::all_reduce(DType dtype, const void* x, void* out, int64_t cou
 void Communicator::all_reduce_norm(DType dtype, const void* x, int64_t rows, const NormArguments& arguments,
                                    void* stream) {
   check();
+  if (rows == 0) return;
   const int64_t row_bytes = arguments.hidden * element_bytes(dtype), row_slots = slots_of(row_bytes);
   const SlabLayout& layout = impl_->group.layout;
   if (arguments.hidden % 8 != 0 || arguments.hidden > kMaxFusedHidden || row_slots > layout.two_shot_slots) {
     throw std::runtime_error("x: expected H a multiple of 8, up to 16384, and a row that fits the slab");
   }
   const bool one_shot = rows * row_bytes <= config_.one_shot_max_bytes && row_slots <= layout.one_shot_slots;
-  const int64_t piece = (one_shot ? layout.one_shot_slots : layout.two_shot_slots) / row_slots;
+  const int64_t capacity = (one_shot ? layout.one_shot_slots : layout.two_shot_slots) / row_slots;
+  const int64_t piece = divide_up(rows, divide_up(rows, capacity));
   const DeviceGuard guard(config_.device);
   for (int64_t done = 0; done < rows; done += piece) {
     NormArguments a = arguments;
+    a.inverse_hidden = 1.0f / float(a.hidden);
     const auto advance = [&](auto*& p, int64_t bytes) {
       if (p != nullptr) p = reinterpret_cast<decltype(+p)>(reinterpret_cast<uintptr_t>(p) + uintptr_t(bytes));
     };
@@ -156,11 +160,10 @@ void Communicator::all_reduce_norm(DType dtype, const void* x, int64_t rows, con
     advance(a.quant.fp8, done * arguments.hidden);
     advance(a.quant.scale, done * a.quant.row_stride * 4);
     advance(a.quant.packed_scale, done * a.quant.row_stride * 4);
-    check_status(
-        kernels_of(dtype).norm(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot, impl_->geometry,
-                               static_cast<const char*>(x) + done * row_bytes, std::min(piece, rows - done), a,
-                               static_cast<Stream>(stream)),
-        "launching allreduce_rmsnorm");
+    check_status(kernels_of(dtype).norm(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
+                                        impl_->geometry, static_cast<const char*>(x) + done * row_bytes,
+                                        std::min(piece, rows - done), a, static_cast<Stream>(stream)),
+                 "launching allreduce_rmsnorm");
   }
   ++(one_shot ? num_one_shot_ : num_two_shot_);
 }
@@ -234,9 +237,7 @@ std::vector<CallRecord> Communicator::trace() const {
   return calls;
 }
 
-bool Communicator::is_gone(int rank) const {
-  return segments_[size_t(rank)]->status.state.load() != RankState::kOpen;
-}
+bool Communicator::is_gone(int rank) const { return segments_[size_t(rank)]->status.state.load() != RankState::kOpen; }
 
 void Communicator::watch() {
   std::vector<pollfd> fds;
@@ -269,25 +270,31 @@ void Communicator::watch() {
 
 Fp8Format native_fp8_format(int device) { return device_of(device).format; }
 
-void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int two_shot_blocks) {
+void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int resident_threads, int lead,
+                  int pause_ns) {
   Geometry& g = device_of(device).geometry;
   if (overlaps >= 0) g.overlaps = overlaps != 0;
   if (cluster_threads >= 0) g.cluster_threads = cluster_threads;
   if (sum_threads >= 0) g.sum_threads = sum_threads;
-  if (two_shot_blocks >= 0) g.two_shot_blocks = two_shot_blocks;
+  if (resident_threads >= 0) g.resident_threads = resident_threads;
+  if (lead >= 0) g.lead = lead;
+  if (pause_ns >= 0) g.pause_ns = pause_ns;
 }
 
 void local_norm(DType dtype, const void* x, int64_t rows, const NormArguments& arguments, int device, void* stream) {
   if (rows == 0) return;
-  check_status(kernels_of(dtype).local_norm(device_of(device).geometry, x, rows, arguments, static_cast<Stream>(stream)),
+  NormArguments a = arguments;
+  a.inverse_hidden = 1.0f / float(a.hidden);
+  check_status(kernels_of(dtype).local_norm(device_of(device).geometry, x, rows, a, static_cast<Stream>(stream)),
                "launching rms_norm");
 }
 
 void local_quant(DType dtype, const void* x, int64_t rows, int64_t hidden, const QuantTarget& target, int device,
                  void* stream) {
   if (rows == 0 || hidden == 0) return;
-  check_status(kernels_of(dtype).local_quant(device_of(device).geometry, x, rows, hidden, target, static_cast<Stream>(stream)),
-               "launching per_group_quant_fp8");
+  check_status(
+      kernels_of(dtype).local_quant(device_of(device).geometry, x, rows, hidden, target, static_cast<Stream>(stream)),
+      "launching per_group_quant_fp8");
 }
 
 }  // namespace fusedcomm::gpu

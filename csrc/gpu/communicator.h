@@ -100,7 +100,8 @@ constexpr int kNumTraced = 256;
 Fp8Format native_fp8_format(int device);
 
 // For measurements; -1 keeps a value. Communicators made from then on use it.
-void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int two_shot_blocks);
+void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int resident_threads, int lead,
+                  int pause_ns);
 
 // Makes a device the current one while it lives.
 class DeviceGuard {

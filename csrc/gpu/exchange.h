@@ -22,10 +22,12 @@ __device__ inline Vec free_slot() { return {{kFree, kFree, kFree, kFree}}; }
 // One thread's waits in a kernel: nearly always short, ended by the deadline or by the peer's death otherwise.
 class Waiter {
  public:
-  __device__ Waiter(const Group& group) : group_(group) {}
+  // `pause`: between polls, in the units of pause(); a GPU full of polling threads slows the data that they wait for.
+  __device__ explicit Waiter(const Group& group, uint32_t pause = 0) : group_(group), pause_(pause) {}
 
   // True if the wait for `peer` goes on.
   __device__ bool go_on(int peer, uint32_t slot, uint32_t generation) {
+    if (pause_ != 0) pause(pause_);
     if (++polls_ % kPollsBetweenLooks != 0) return true;
     return look(peer, slot, generation);
   }
@@ -61,6 +63,7 @@ class Waiter {
   }
 
   const Group& group_;
+  uint32_t pause_;
   uint64_t since_ = 0;
   uint32_t polls_ = 0;
   uint32_t gone_before_ = 0;

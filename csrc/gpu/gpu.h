@@ -44,6 +44,7 @@ constexpr bool kFp8IsFnuz = true;
 constexpr bool kFp8IsFnuz = false;
 #endif
 constexpr int kWarpSize = 64;
+constexpr bool kFp8Saturates = false;
 
 // System scope: past the caches that other GPUs do not see (sc0 sc1). The memory is fine-grained or uncached.
 __device__ inline Vec load_flagged(const Vec* p) {
@@ -74,7 +75,14 @@ __device__ inline V shuffle_xor(V v, int mask) {
 
 // Constant frequency: see ticks_per_second() of device.h.
 __device__ inline uint64_t ticks() { return __builtin_amdgcn_s_memrealtime(); }
-__device__ inline void pause() { __builtin_amdgcn_s_sleep(1); }
+
+// About so many nanoseconds.
+__device__ inline void pause(uint32_t ns) {
+  for (uint32_t i = 0; i < ns; i += 32) __builtin_amdgcn_s_sleep(1);  // 64 clocks
+}
+
+// The compiler takes v for used.
+__device__ inline void keep(uint32_t v) { asm volatile("" ::"s"(v)); }
 
 __device__ inline void wait_for_previous_kernel() {}
 __device__ inline void let_next_kernel_start() {}
@@ -112,8 +120,8 @@ __device__ inline void unpack_half(uint32_t w, float& a, float& b) {
   b = float(pair.b);
 }
 
-// Four values in [-max, max] or NaN. The instruction rounds to nearest even in the format of its chip: FNUZ on gfx942,
-// OCP on gfx950.
+// Four values in [-max, max] or NaN: the instruction need not saturate. It rounds to nearest even in the format of its
+// chip: FNUZ on gfx942, OCP on gfx950.
 __device__ inline uint32_t pack_fp8(float a, float b, float c, float d) {
   int word = __builtin_amdgcn_cvt_pk_fp8_f32(plain_nan(a), plain_nan(b), 0, false);
   word = __builtin_amdgcn_cvt_pk_fp8_f32(plain_nan(c), plain_nan(d), word, true);
@@ -124,6 +132,7 @@ __device__ inline uint32_t pack_fp8(float a, float b, float c, float d) {
 
 constexpr bool kFp8IsFnuz = false;
 constexpr int kWarpSize = 32;
+constexpr bool kFp8Saturates = true;
 
 // Each 32-bit word arrives whole; nothing is assumed of the order of the four.
 __device__ inline Vec load_flagged(const Vec* p) {
@@ -158,7 +167,12 @@ __device__ inline uint64_t ticks() {
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
   return t;
 }
-__device__ inline void pause() {}
+
+// About so many nanoseconds.
+__device__ inline void pause(uint32_t ns) { __nanosleep(ns); }
+
+// The compiler takes v for used.
+__device__ inline void keep(uint32_t v) { asm volatile("" ::"r"(v)); }
 
 // Programmatic dependent launch: a kernel may be on the chip before the one ahead of it has ended. It touches nothing
 // until that one has ended and its writes are visible, so letting the next one start early is safe at any point.
@@ -214,6 +228,16 @@ __device__ inline uint32_t pack_fp8(float a, float b, float c, float d) {
 }
 
 #endif
+
+// Reads a kernel's arguments, which are constant, into the constant cache. Done while the kernel ahead still runs: a
+// first read misses, and the misses of several lines add up.
+template <class Arguments>
+__device__ inline void prefetch_arguments(const Arguments& arguments) {
+  const uint32_t* const words = reinterpret_cast<const uint32_t*>(&arguments);
+#pragma unroll
+  for (size_t i = 0; i < sizeof(Arguments) / 4; i += 16) keep(words[i]);
+  keep(words[sizeof(Arguments) / 4 - 1]);
+}
 
 __device__ inline void unpack_bf16(uint32_t w, float& a, float& b) {
   a = __uint_as_float(w << 16);
@@ -340,9 +364,7 @@ inline void free_host_page(void* address) { (void)cudaFreeHost(address); }
 
 #define FUSEDCOMM_PROPERTIES cudaDeviceProp
 inline bool can_overlap(const cudaDeviceProp& p) { return p.major >= 9; }
-inline std::string architecture(const cudaDeviceProp& p) {
-  return "sm_" + std::to_string(p.major * 10 + p.minor);
-}
+inline std::string architecture(const cudaDeviceProp& p) { return "sm_" + std::to_string(p.major * 10 + p.minor); }
 
 inline uint64_t ticks_per_second(int) { return 1000000000u; }
 

@@ -11,10 +11,12 @@ enum class Algorithm : uint32_t { kOneShot = 1, kTwoShot = 2 };
 // How a launch is laid out; which is fastest was measured (docs/tuning.md).
 struct Geometry {
   int num_sms = 1;
-  bool overlaps = false;      // programmatic dependent launch
-  int cluster_threads = 0;    // one-shot: threads of a block in a cluster of blocks a row; 0: a block a row
-  int sum_threads = 256;      // one-shot bare sum
-  int two_shot_blocks = 2;    // a multiprocessor
+  bool overlaps = false;        // programmatic dependent launch
+  int cluster_threads = 0;      // norms: threads of a block in a cluster of blocks a row; 0: a block a row
+  int sum_threads = 128;        // bare sum
+  int resident_threads = 1024;  // two-shot: of a multiprocessor
+  int pause_ns = 0;             // two-shot of large messages: between polls
+  int lead = 1;                 // two-shot: rows between sending, summing and receiving
 };
 
 struct Kernels {
@@ -32,7 +34,8 @@ const Kernels& float_kernels();
 const Kernels& kernels_of(DType dtype);
 
 constexpr int64_t kMaxFusedHidden = 16384;
-constexpr int kFlatRowBytes = 8192;  // two-shot walks a flat message in rows of this size
+
+inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // Slots that a row takes.
 inline int64_t slots_of(int64_t row_bytes) { return (row_bytes + kSlotBytes - 1) / kSlotBytes; }

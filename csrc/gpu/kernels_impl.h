@@ -10,7 +10,18 @@
 namespace fusedcomm::gpu {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+constexpr int kMaxCluster = 8;  // blocks: what every GPU with clusters allows
+
+// Two-shot: how many blocks (or clusters) of so many threads the GPU gets.
+inline int64_t workers(const Geometry& g, int threads) {
+  return std::max<int64_t>(1, int64_t(g.num_sms) * g.resident_threads / threads);
+}
+
+// Few threads poll as fast as they can; many leave the memory to the data.
+inline Pace pace_of(const Geometry& g, int64_t message_bytes) {
+  return {g.lead, message_bytes > (int64_t(2) << 20) ? uint32_t(g.pause_ns) : 0u};
+}
 
 // Threads of a block that holds `packs` with one pack a thread.
 inline int threads_for(int64_t packs) { return int(round_up(packs, kWarpSize)); }
@@ -36,50 +47,50 @@ Status launch_sum(const Group& group, Algorithm algorithm, const Geometry& g, co
   const int64_t vecs = divide_up(a.count, Io<T>::kPerVec);
   LaunchShape shape;
   shape.overlaps = g.overlaps;
+  shape.threads = g.sum_threads;
+  shape.blocks = divide_up(vecs, shape.threads);
   if (algorithm == Algorithm::kOneShot) {
-    shape.threads = g.sum_threads;
-    shape.blocks = divide_up(vecs, shape.threads);
     return launch(one_shot_sum<T, kMaxWorld>, shape, stream, group, a, facts);
   }
-  shape.threads = kTwoShotThreads;
-  shape.blocks = std::min<int64_t>(divide_up(vecs, kFlatRowVecs), int64_t(g.num_sms) * g.two_shot_blocks);
-  return launch(two_shot_sum<T, kMaxWorld>, shape, stream, group, a, facts);
+  shape.blocks = std::min(shape.blocks, workers(g, shape.threads));
+  const Pace pace = pace_of(g, a.count * int64_t(sizeof(T)));
+  return launch(two_shot_sum<T, kMaxWorld>, shape, stream, group, a, pace, facts);
 }
 
 template <class T, int kMaxWorld>
 Status launch_norm(const Group& group, Algorithm algorithm, const Geometry& g, const void* x, int64_t rows,
                    const NormArguments& a, Stream stream) {
   const uint32_t op = a.quant.fp8 == nullptr ? 2 : 3;
-  const TraceRecord facts = {0,  op, uint32_t(algorithm), uint32_t(dtype_code<T>()), uint32_t(rows), uint32_t(a.hidden)};
+  const TraceRecord facts = {0, op, uint32_t(algorithm), uint32_t(dtype_code<T>()), uint32_t(rows), uint32_t(a.hidden)};
   const int64_t packs = a.hidden / kPack;
   LaunchShape shape;
   shape.overlaps = g.overlaps;
-  if (algorithm == Algorithm::kOneShot) {
-    shape.blocks = rows;
+  const bool one_shot = algorithm == Algorithm::kOneShot;
+  const Pace pace = pace_of(g, rows * a.hidden * int64_t(sizeof(T)));
 #if !defined(FUSEDCOMM_HIP)
-    if (g.cluster_threads > 0 && packs > g.cluster_threads) {
-      shape.threads = g.cluster_threads;
-      shape.blocks_in_cluster = int(divide_up(packs, g.cluster_threads));
-      shape.blocks = rows * shape.blocks_in_cluster;
-      return launch(one_shot_norm<T, kMaxWorld, 1, 512, true>, shape, stream, group, x, a, facts);
-    }
-    if (packs > 512 && packs <= 1024) {
-      shape.threads = threads_for(packs);
-      return launch(one_shot_norm<T, kMaxWorld, 1, 1024, false>, shape, stream, group, x, a, facts);
-    }
+  if (g.cluster_threads > 0 && packs > g.cluster_threads) {
+    shape.threads = g.cluster_threads;
+    while (packs > int64_t(kMaxCluster) * shape.threads) shape.threads *= 2;
+    shape.blocks_in_cluster = int(divide_up(packs, shape.threads));
+    const int64_t most = workers(g, shape.threads * shape.blocks_in_cluster);
+    shape.blocks = (one_shot ? rows : std::min(rows, most)) * shape.blocks_in_cluster;
+    if (one_shot) return launch(one_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, facts);
+    return launch(two_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, int(rows), pace, facts);
+  }
 #endif
-    shape.threads = packs <= 512 ? threads_for(packs) : 512;
-    const auto kernel = packs <= 512    ? one_shot_norm<T, kMaxWorld, 1, 512, false>
-                        : packs <= 1024 ? one_shot_norm<T, kMaxWorld, 2, 512, false>
-                                        : one_shot_norm<T, kMaxWorld, 4, 512, false>;
+  shape.threads = packs <= 512 ? threads_for(packs) : 512;
+  if (one_shot) {
+    shape.blocks = rows;
+    const auto kernel = packs <= 512    ? one_shot_norm<T, kMaxWorld, 1, false>
+                        : packs <= 1024 ? one_shot_norm<T, kMaxWorld, 2, false>
+                                        : one_shot_norm<T, kMaxWorld, 4, false>;
     return launch(kernel, shape, stream, group, x, a, facts);
   }
-  shape.threads = kTwoShotThreads;
-  shape.blocks = std::min(rows, int64_t(g.num_sms) * g.two_shot_blocks);
-  const auto kernel = packs <= 512    ? two_shot_norm<T, kMaxWorld, 1>
-                      : packs <= 1024 ? two_shot_norm<T, kMaxWorld, 2>
-                                      : two_shot_norm<T, kMaxWorld, 4>;
-  return launch(kernel, shape, stream, group, x, a, int(rows), facts);
+  shape.blocks = std::min(rows, workers(g, shape.threads));
+  const auto kernel = packs <= 512    ? two_shot_norm<T, kMaxWorld, 1, false>
+                      : packs <= 1024 ? two_shot_norm<T, kMaxWorld, 2, false>
+                                      : two_shot_norm<T, kMaxWorld, 4, false>;
+  return launch(kernel, shape, stream, group, x, a, int(rows), pace, facts);
 }
 
 template <class T>
@@ -93,9 +104,7 @@ Status launch_local_norm(const Geometry& g, const void* x, int64_t rows, const N
     return launch(local_norm_ragged<T>, shape, stream, x, a);
   }
   shape.threads = packs <= 512 ? threads_for(packs) : 512;
-  const auto kernel = packs <= 512    ? local_norm<T, 1, 512>
-                      : packs <= 1024 ? local_norm<T, 2, 512>
-                                      : local_norm<T, 4, 512>;
+  const auto kernel = packs <= 512 ? local_norm<T, 1> : packs <= 1024 ? local_norm<T, 2> : local_norm<T, 4>;
   return launch(kernel, shape, stream, x, a);
 }
 

@@ -6,23 +6,24 @@
 namespace fusedcomm::gpu {
 
 // A row a block, in registers; H a multiple of 8.
-template <class T, int kPacks, int kMaxThreads>
-__global__ void __launch_bounds__(kMaxThreads, 1) local_norm(const void* x, const __grid_constant__ NormArguments a) {
+template <class T, int kPacks>
+__global__ void __launch_bounds__(512, 1) local_norm(const void* x, const __grid_constant__ NormArguments a) {
   __shared__ Partials partials;
+  prefetch_arguments(a);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t row = blockIdx.x;
   const int packs = a.hidden / kPack;
-  Pack<T> r[kPacks] = {}, weight[kPacks] = {};
-  float squares[kPacks] = {};
+  Pack<T> r[kPacks] = {};
+  float weight[kPacks][kPack] = {}, squares[kPacks] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
     const int pack = j * int(blockDim.x) + int(threadIdx.x);
     if (pack >= packs) continue;
     r[j] = Pack<T>::load(x, row * packs + pack);
-    Pack<T> residual = {};
-    if (a.residual != nullptr) residual = Pack<T>::load(a.residual, row * packs + pack);
-    weight[j] = load_weight<T>(a, pack);
+    float residual[kPack];
+    load_residual<T>(a, row * packs + pack, residual);
+    load_weight<T>(a, pack, weight[j]);
     squares[j] = add_residual<T>(a, row * packs + pack, residual, r[j]);
   }
   const float inv = inverse_root(block_row_sum<kPacks>(squares, partials, 0), a);
@@ -85,6 +86,7 @@ template <class T>
 __global__ void __launch_bounds__(kRaggedThreads, 1)
     local_norm_ragged(const void* x, const __grid_constant__ NormArguments a) {
   __shared__ float sums[kRaggedPacks * kRaggedThreads / kWarpSize];
+  prefetch_arguments(a);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int64_t row = blockIdx.x;
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
       if (a.residual_out != nullptr) store_ragged<T>(a.residual_out, row, pack, a.hidden, r);
       if (a.norm != nullptr) store_ragged<T>(a.norm, row, pack, a.hidden, y);
     }
-    if (a.quant.fp8 != nullptr) quantize_pack(a.quant, row, pack, a.hidden, y, pack < packs);
+    if (a.quant.fp8 != nullptr) quantize_pack<T>(a.quant, row, pack, a.hidden, y, pack < packs);
   }
 }
 
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(256) local_quant(const void* x, int64_t rows, 
   const bool active = index < rows * packs;
   float y[kPack] = {};
   if (active) Pack<T>::load(x, index).unpack(y);
-  quantize_pack(target, index / packs, int(index % packs), hidden, y, active);
+  quantize_pack<T>(target, index / packs, int(index % packs), hidden, y, active);
 }
 
 }  // namespace fusedcomm::gpu

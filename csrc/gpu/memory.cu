@@ -1,10 +1,9 @@
-#include "gpu/memory.h"
-
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
 
 #include "gpu/communicator.h"
+#include "gpu/memory.h"
 #include "gpu/slab.h"
 
 namespace fusedcomm::gpu {

@@ -39,8 +39,10 @@ __device__ inline void store_flat(void* base, int64_t index, int64_t count, cons
 
 // A thread a Vec; blocks hold whole slots.
 template <class T, int kMaxWorld>
-__global__ void __launch_bounds__(512, 1) one_shot_sum(const __grid_constant__ Group group, const SumArguments a,
-                                                    const __grid_constant__ TraceRecord facts) {
+__global__ void __launch_bounds__(512, 1)
+    one_shot_sum(const __grid_constant__ Group group, const __grid_constant__ SumArguments a,
+                 const __grid_constant__ TraceRecord facts) {
+  prefetch_arguments(group);
   wait_for_previous_kernel();
   let_next_kernel_start();
   Tracer tracer(group, facts);
@@ -54,9 +56,8 @@ __global__ void __launch_bounds__(512, 1) one_shot_sum(const __grid_constant__ G
     const Vec own = as_message(load_flat<T>(a.x, index, a.count));
     send_to_peers<kMaxWorld>(group, group.one_shot(generation, group.rank, slot, in_slot), own);
     Waiter waiter(group);
-    const Vec sum =
-        receive_sum<T, kMaxWorld>(group, waiter, own, group.one_shot(generation, 0, slot, in_slot),
-                                  group.layout.one_shot_stride, slot, generation);
+    const Vec sum = receive_sum<T, kMaxWorld>(group, waiter, own, group.one_shot(generation, 0, slot, in_slot),
+                                              group.layout.one_shot_stride, slot, generation);
     store_flat<T>(a.out, index, a.count, sum);
   }
   __syncthreads();
@@ -65,13 +66,15 @@ __global__ void __launch_bounds__(512, 1) one_shot_sum(const __grid_constant__ G
 }
 
 // A row a block, or a row a cluster; pack j of a thread is j * blockDim.x + threadIdx.x (of the cluster: no j).
-template <class T, int kMaxWorld, int kPacks, int kMaxThreads, bool kCluster>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+template <class T, int kMaxWorld, int kPacks, bool kCluster>
+__global__ void __launch_bounds__(512, 1)
     one_shot_norm(const __grid_constant__ Group group, const void* x, const __grid_constant__ NormArguments a,
                   const __grid_constant__ TraceRecord facts) {
   static_assert(!kCluster || kPacks == 1, "a cluster has a block for each stretch of the row");
   constexpr int kVecs = kPack / Io<T>::kPerVec;
   __shared__ Partials partials;
+  prefetch_arguments(group);
+  prefetch_arguments(a);
   wait_for_previous_kernel();
   let_next_kernel_start();
   Tracer tracer(group, facts);
@@ -84,8 +87,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   uint32_t* const counters = group.one_shot_counters() + first_slot;
 
   Waiter waiter(group);
-  Pack<T> own[kPacks], residual[kPacks] = {}, weight[kPacks] = {}, r[kPacks] = {};
-  float squares[kPacks] = {};
+  // Operands of one or two packs fit the registers and are on their way while the data is.
+  constexpr bool kEarly = kPacks <= 2;
+  float residual[kPacks][kPack], weight[kPacks][kPack] = {}, squares[kPacks] = {};
+  Pack<T> own[kPacks], r[kPacks] = {};
   uint32_t generation[kPacks] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
@@ -106,9 +111,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const uint32_t slot = first_slot + vec / kVecsPerSlot;
       send_to_peers<kMaxWorld>(group, group.one_shot(generation[j], group.rank, slot, vec % kVecsPerSlot), own[j].v[i]);
     }
-    // on their way while the data is
-    if (a.residual != nullptr) residual[j] = Pack<T>::load(a.residual, row * packs + pack);
-    weight[j] = load_weight<T>(a, pack);
+    if (kEarly) {
+      load_residual<T>(a, row * packs + pack, residual[j]);
+      load_weight<T>(a, pack, weight[j]);
+    }
   }
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
@@ -122,13 +128,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                                             group.one_shot(generation[j], 0, slot, vec % kVecsPerSlot),
                                             group.layout.one_shot_stride, slot, generation[j]);
     }
+    if (!kEarly) load_residual<T>(a, row * packs + pack, residual[j]);
     squares[j] = add_residual<T>(a, row * packs + pack, residual[j], r[j]);
   }
-  const float total = kCluster ? cluster_row_sum(squares[0], partials) : block_row_sum<kPacks>(squares, partials, 0);
+  const float total = kCluster ? cluster_row_sum(squares[0], partials, 0) : block_row_sum<kPacks>(squares, partials, 0);
   const float inv = inverse_root(total, a);
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
     const int pack = j * int(blockDim.x) + first;
+    if (!kEarly && pack < packs) load_weight<T>(a, pack, weight[j]);
     finish_pack<T>(a, row, pack, inv, weight[j], r[j], pack < packs);
     // all threads have read it: the row sum has a barrier
     if (pack < packs && pack * kVecs % kVecsPerSlot == 0) counters[pack * kVecs / kVecsPerSlot] = generation[j] + 1;

@@ -2,8 +2,8 @@
 //
 //   [ one-shot | two-shot sums to make | two-shot sums made | counters | control ]
 //
-// Peers write the first three; counters and control are this rank's own. A message is cut into slots of 2 KiB; slot s of
-// a message always lies in slot s of the slab, whatever the shape, so a slot is a small communicator of its own: its
+// Peers write the first three; counters and control are this rank's own. A message is cut into slots of 2 KiB; slot s
+// of a message always lies in slot s of the slab, whatever the shape, so a slot is a small communicator of its own: its
 // counter says which of the two generations its next use writes, and a kernel's grid is nobody else's business.
 //
 //   one-shot       [generation][source rank][slot]           every rank sends its whole message to all
@@ -67,13 +67,13 @@ struct SlabLayout {
 
 constexpr int64_t kMaxBufferBytes = int64_t(2047) << 20;
 
-// A quarter of the buffer for one-shot, the rest for two-shot, which takes larger messages in pieces.
+// An eighth of the buffer for one-shot, the rest for two-shot, which takes larger messages in pieces.
 inline SlabLayout slab_layout(int world_size, int64_t buffer_bytes) {
   const auto words = [](uint32_t n) { return (n * 4 + 255) / 256 * 256; };
   const uint32_t world = uint32_t(world_size);
   SlabLayout l;
-  l.one_shot_slots = uint32_t(buffer_bytes / 4 / (kNumGenerations * world_size * kSlotBytes));
-  l.two_shot_slots = uint32_t(buffer_bytes / 4 * 3 / (2 * kNumGenerations * kSlotBytes)) / world * world;
+  l.one_shot_slots = uint32_t(buffer_bytes / 8 / (kNumGenerations * world_size * kSlotBytes));
+  l.two_shot_slots = uint32_t(buffer_bytes / 8 * 7 / (2 * kNumGenerations * kSlotBytes)) / world * world;
   l.one_shot_stride = l.one_shot_slots * kSlotBytes;
   l.to_make = kNumGenerations * world * l.one_shot_stride;
   l.to_make_stride = l.two_shot_slots / world * kSlotBytes;

@@ -148,10 +148,11 @@ def test_amd_no_scratch_and_no_spills(target: str) -> None:
         if kernel.has_long_rows:
             continue
         used = kernel.resources
-        assert used["private_segment_fixed_size"] == 0, f"{kernel}: scratch memory"
         assert used["vgpr_spill_count"] == 0, f"{kernel}: vector registers spilt"
-        assert not kernel.lines(r"scratch_"), kernel
+        # private_segment_fixed_size may be a few bytes that nothing touches, where scalar registers were spilt
+        assert not kernel.lines(r"scratch_|buffer_(load|store)"), f"{kernel}: memory of the thread's own"
         if kernel.is_for_decoding:
+            assert used["private_segment_fixed_size"] == 0, kernel
             # elsewhere some go to lanes of a vector register, never to memory
             assert used["sgpr_spill_count"] == 0, f"{kernel}: scalar registers spilt"
 
