@@ -11,7 +11,7 @@ from fusedcomm.errors import SettingError
 
 PREFIX = "FUSEDCOMM_"
 BACKENDS = ("native", "aiter", "triton", "torch")
-DEFAULT_BUFFER_MB = {"cpu": 2, "cuda": 64}
+DEFAULT_BUFFER_MB = {"cpu": 2, "cuda": 160}
 """MiB of a rank's slab by type of device (HIP's is "cuda" too), where FUSEDCOMM_BUFFER_MB is not set."""
 
 
@@ -70,7 +70,7 @@ class Settings:
     deterministic: bool = _setting(False, _SWITCH, "1: only paths whose sums are in rank order")
     timeout_s: float = _setting(60.0, _SECONDS, "deadline of every wait, in seconds")
     debug: bool = _setting(False, _SWITCH, "1: ranks compare every call before making it")
-    buffer_mb: int | None = _setting(None, _MEBIBYTES, "size of the slab of a rank, in MiB; unset: 2 on CPU, 64 on GPU")
+    buffer_mb: int | None = _setting(None, _MEBIBYTES, "MiB of memory that a rank shares; unset: 2 on CPU, 160 on GPU")
     host_id: str | None = _setting(None, _TEXT, "take this for the identity of the host (tests of several hosts)")
 
     def __post_init__(self) -> None:

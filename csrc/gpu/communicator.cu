@@ -38,6 +38,7 @@ Device& device_of(int index) {
     check_status(FUSEDCOMM_RT(GetDeviceProperties)(&p, index), "device properties");
     known[index].geometry.num_sms = p.multiProcessorCount;
     known[index].geometry.overlaps = can_overlap(p);
+    if (has_clusters(p)) known[index].geometry.cluster_threads = 128;
     if (architecture(p) == "gfx942") known[index].format = Fp8Format::kE4M3fnuz;
   });
   return known[index];

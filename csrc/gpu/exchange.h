@@ -25,24 +25,24 @@ class Waiter {
   // `pause`: between polls, in the units of pause(); a GPU full of polling threads slows the data that they wait for.
   __device__ explicit Waiter(const Group& group, uint32_t pause = 0) : group_(group), pause_(pause) {}
 
-  // True if the wait for `peer` goes on.
-  __device__ bool go_on(int peer, uint32_t slot, uint32_t generation) {
+  // True if the wait for `peer` goes on. `grace`: it may itself be waiting for another rank, which is the one to name.
+  __device__ bool go_on(int peer, uint32_t slot, uint32_t generation, bool grace = false) {
     if (pause_ != 0) pause(pause_);
     if (++polls_ % kPollsBetweenLooks != 0) return true;
-    return look(peer, slot, generation);
+    return look(peer, slot, generation, grace);
   }
 
  private:
   // Looking costs a read of host memory, about a microsecond: rare enough not to slow the arrival of data.
   static constexpr uint32_t kPollsBetweenLooks = 1024;
 
-  __device__ bool look(int peer, uint32_t slot, uint32_t generation) {
+  __device__ bool look(int peer, uint32_t slot, uint32_t generation, bool grace) {
     Control* const control = group_.control();
     if (load_host(&control->failed) != 0) return false;
     const uint64_t now = ticks();
     if (polls_ == kPollsBetweenLooks) since_ = now;
     Failure kind = Failure::kNone;
-    if (now - since_ > group_.timeout_ticks) kind = Failure::kTimeout;
+    if (now - since_ > group_.timeout_ticks + (grace ? group_.timeout_ticks / 8 : 0)) kind = Failure::kTimeout;
     const uint32_t gone = load_host(&group_.host->gone);
     // seen twice: what it sent before it went had time to come
     if ((gone & gone_before_) >> peer & 1u) kind = Failure::kPeerGone;

@@ -92,6 +92,9 @@ __device__ inline int blocks_in_cluster() { return 1; }
 __device__ inline int rank_in_cluster() { return 0; }
 __device__ inline float* in_block_of_cluster(float* shared, int) { return shared; }
 __device__ inline void cluster_barrier() { __syncthreads(); }
+__device__ inline void store_in_cluster(float* p, float v) { *static_cast<volatile float*>(p) = v; }
+__device__ inline float load_in_cluster(const float* p) { return *static_cast<const volatile float*>(p); }
+__device__ inline void sync_warp() {}
 
 __device__ inline float divide(float a, float b) { return a / b; }  // correctly rounded: clang's default for HIP
 __device__ inline float square_root(float a) { return __builtin_sqrtf(a); }
@@ -201,6 +204,9 @@ __device__ inline int rank_in_cluster() { return 0; }
 __device__ inline float* in_block_of_cluster(float* shared, int) { return shared; }
 __device__ inline void cluster_barrier() { __syncthreads(); }
 #endif
+__device__ inline void store_in_cluster(float* p, float v) { *static_cast<volatile float*>(p) = v; }
+__device__ inline float load_in_cluster(const float* p) { return *static_cast<const volatile float*>(p); }
+__device__ inline void sync_warp() { __syncwarp(); }
 
 __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ inline float square_root(float a) { return __fsqrt_rn(a); }
@@ -320,6 +326,7 @@ inline void free_host_page(void* address) { (void)hipHostFree(address); }
 
 #define FUSEDCOMM_PROPERTIES hipDeviceProp_t
 inline bool can_overlap(const hipDeviceProp_t&) { return false; }
+inline bool has_clusters(const hipDeviceProp_t&) { return false; }
 // Without the features: "gfx942" of "gfx942:sramecc+:xnack-".
 inline std::string architecture(const hipDeviceProp_t& p) {
   const std::string name = p.gcnArchName;
@@ -364,6 +371,7 @@ inline void free_host_page(void* address) { (void)cudaFreeHost(address); }
 
 #define FUSEDCOMM_PROPERTIES cudaDeviceProp
 inline bool can_overlap(const cudaDeviceProp& p) { return p.major >= 9; }
+inline bool has_clusters(const cudaDeviceProp& p) { return p.major >= 9; }
 inline std::string architecture(const cudaDeviceProp& p) { return "sm_" + std::to_string(p.major * 10 + p.minor); }
 
 inline uint64_t ticks_per_second(int) { return 1000000000u; }

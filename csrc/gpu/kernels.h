@@ -12,11 +12,11 @@ enum class Algorithm : uint32_t { kOneShot = 1, kTwoShot = 2 };
 struct Geometry {
   int num_sms = 1;
   bool overlaps = false;        // programmatic dependent launch
-  int cluster_threads = 0;      // norms: threads of a block in a cluster of blocks a row; 0: a block a row
-  int sum_threads = 128;        // bare sum
-  int resident_threads = 1024;  // two-shot: of a multiprocessor
-  int pause_ns = 0;             // two-shot of large messages: between polls
-  int lead = 1;                 // two-shot: rows between sending, summing and receiving
+  int cluster_threads = 0;      // norms of long rows: threads of a block in a cluster of blocks a row; 0: a block a row
+  int sum_threads = 128;        // bare sum of a small message
+  int resident_threads = 2048;  // two-shot: of a multiprocessor
+  int lead = 2;                 // two-shot: units between sending and summing
+  int pause_ns = 100;           // two-shot of large messages: between polls
 };
 
 struct Kernels {

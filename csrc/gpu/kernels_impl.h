@@ -13,14 +13,16 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 
 constexpr int kMaxCluster = 8;  // blocks: what every GPU with clusters allows
 
-// Two-shot: how many blocks (or clusters) of so many threads the GPU gets.
-inline int64_t workers(const Geometry& g, int threads) {
-  return std::max<int64_t>(1, int64_t(g.num_sms) * g.resident_threads / threads);
+// Two-shot: how many blocks (or clusters) of so many threads get half of the GPU.
+inline int64_t half_of(const Geometry& g, int threads) {
+  return std::max<int64_t>(1, int64_t(g.num_sms) * g.resident_threads / 2 / threads);
 }
 
+constexpr int64_t kFewBytes = int64_t(1) << 20;  // of a message that does not fill the GPU
+
 // Few threads poll as fast as they can; many leave the memory to the data.
-inline Pace pace_of(const Geometry& g, int64_t message_bytes) {
-  return {g.lead, message_bytes > (int64_t(2) << 20) ? uint32_t(g.pause_ns) : 0u};
+inline Pace pace_of(const Geometry& g, int64_t message_bytes, int64_t senders) {
+  return {int(senders), g.lead, message_bytes > kFewBytes ? uint32_t(g.pause_ns) : 0u};
 }
 
 // Threads of a block that holds `packs` with one pack a thread.
@@ -47,13 +49,15 @@ Status launch_sum(const Group& group, Algorithm algorithm, const Geometry& g, co
   const int64_t vecs = divide_up(a.count, Io<T>::kPerVec);
   LaunchShape shape;
   shape.overlaps = g.overlaps;
-  shape.threads = g.sum_threads;
+  const int64_t bytes = a.count * int64_t(sizeof(T));
+  shape.threads = bytes > kFewBytes ? 512 : g.sum_threads;
   shape.blocks = divide_up(vecs, shape.threads);
   if (algorithm == Algorithm::kOneShot) {
     return launch(one_shot_sum<T, kMaxWorld>, shape, stream, group, a, facts);
   }
-  shape.blocks = std::min(shape.blocks, workers(g, shape.threads));
-  const Pace pace = pace_of(g, a.count * int64_t(sizeof(T)));
+  const int64_t senders = std::min(shape.blocks, half_of(g, shape.threads));
+  shape.blocks = 2 * senders;
+  const Pace pace = pace_of(g, bytes, senders);
   return launch(two_shot_sum<T, kMaxWorld>, shape, stream, group, a, pace, facts);
 }
 
@@ -66,16 +70,24 @@ Status launch_norm(const Group& group, Algorithm algorithm, const Geometry& g, c
   LaunchShape shape;
   shape.overlaps = g.overlaps;
   const bool one_shot = algorithm == Algorithm::kOneShot;
-  const Pace pace = pace_of(g, rows * a.hidden * int64_t(sizeof(T)));
+  const int64_t bytes = rows * a.hidden * int64_t(sizeof(T));
+  const int64_t vecs = bytes / int64_t(sizeof(Vec));
 #if !defined(FUSEDCOMM_HIP)
-  if (g.cluster_threads > 0 && packs > g.cluster_threads) {
+  // A row on one multiprocessor takes long to norm; a cluster costs a barrier. Two-shot hides the first until a thread
+  // has more than one pack.
+  if (g.cluster_threads > 0 && packs > (one_shot ? 256 : 512)) {
     shape.threads = g.cluster_threads;
     while (packs > int64_t(kMaxCluster) * shape.threads) shape.threads *= 2;
     shape.blocks_in_cluster = int(divide_up(packs, shape.threads));
-    const int64_t most = workers(g, shape.threads * shape.blocks_in_cluster);
-    shape.blocks = (one_shot ? rows : std::min(rows, most)) * shape.blocks_in_cluster;
-    if (one_shot) return launch(one_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, facts);
-    return launch(two_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, int(rows), pace, facts);
+    if (one_shot) {
+      shape.blocks = rows * shape.blocks_in_cluster;
+      return launch(one_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, facts);
+    }
+    const int cluster = shape.threads * shape.blocks_in_cluster;
+    const int64_t senders = std::min(divide_up(vecs, cluster), half_of(g, cluster)) * shape.blocks_in_cluster;
+    shape.blocks = senders + std::min(rows, half_of(g, cluster)) * shape.blocks_in_cluster;
+    return launch(two_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, int(rows),
+                  pace_of(g, bytes, senders), facts);
   }
 #endif
   shape.threads = packs <= 512 ? threads_for(packs) : 512;
@@ -86,11 +98,12 @@ Status launch_norm(const Group& group, Algorithm algorithm, const Geometry& g, c
                                         : one_shot_norm<T, kMaxWorld, 4, false>;
     return launch(kernel, shape, stream, group, x, a, facts);
   }
-  shape.blocks = std::min(rows, workers(g, shape.threads));
+  const int64_t senders = std::min(divide_up(vecs, shape.threads), half_of(g, shape.threads));
+  shape.blocks = senders + std::min(rows, half_of(g, shape.threads));
   const auto kernel = packs <= 512    ? two_shot_norm<T, kMaxWorld, 1, false>
                       : packs <= 1024 ? two_shot_norm<T, kMaxWorld, 2, false>
                                       : two_shot_norm<T, kMaxWorld, 4, false>;
-  return launch(kernel, shape, stream, group, x, a, int(rows), pace, facts);
+  return launch(kernel, shape, stream, group, x, a, int(rows), pace_of(g, bytes, senders), facts);
 }
 
 template <class T>

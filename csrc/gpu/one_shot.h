@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(512, 1)
   static_assert(!kCluster || kPacks == 1, "a cluster has a block for each stretch of the row");
   constexpr int kVecs = kPack / Io<T>::kPerVec;
   __shared__ Partials partials;
+  if (kCluster) prepare_flagged_sums(partials);
   prefetch_arguments(group);
   prefetch_arguments(a);
   wait_for_previous_kernel();
@@ -131,7 +132,8 @@ __global__ void __launch_bounds__(512, 1)
     if (!kEarly) load_residual<T>(a, row * packs + pack, residual[j]);
     squares[j] = add_residual<T>(a, row * packs + pack, residual[j], r[j]);
   }
-  const float total = kCluster ? cluster_row_sum(squares[0], partials, 0) : block_row_sum<kPacks>(squares, partials, 0);
+  const float total =
+      kCluster ? flagged_cluster_row_sum(squares[0], partials) : block_row_sum<kPacks>(squares, partials, 0);
   const float inv = inverse_root(total, a);
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {

@@ -9,6 +9,8 @@ namespace fusedcomm::gpu {
 
 constexpr int kPack = 8;  // elements a thread holds of a row at a time
 constexpr int kMaxPartials = 64;
+constexpr uint32_t kFreeSum = 0xffffffffu;  // NaNs, one of which no sum is
+constexpr uint32_t kOtherNanSum = 0x7fffffffu;
 
 __device__ inline float sum_of_squares(const float (&v)[kPack]) {
   float s[kPack];
@@ -35,21 +37,8 @@ struct Partials {
   float sums[2][kMaxPartials];
 };
 
-// The tree over `count` partial sums; every lane gets the result. Up to 16 are added in registers: a fifth of the
-// latency of the butterfly.
+// The tree over `count` partial sums; every lane gets the result.
 __device__ inline float sum_partials(const float* sums, int count) {
-  constexpr int kFew = 16;
-  if (count <= kFew) {
-    float s[kFew];
-#pragma unroll
-    for (int i = 0; i < kFew; ++i) s[i] = i < count ? sums[i] : 0.0f;
-#pragma unroll
-    for (int n = kFew / 2; n > 0; n /= 2) {
-#pragma unroll
-      for (int i = 0; i < n; ++i) s[i] = s[2 * i] + s[2 * i + 1];
-    }
-    return s[0];
-  }
   const int lane = int(threadIdx.x) % kWarpSize;
   if (kWarpSize < kMaxPartials && count > kWarpSize) {
     const float a = 2 * lane < count ? sums[2 * lane] : 0.0f;
@@ -83,6 +72,31 @@ __device__ inline float cluster_row_sum(float s, Partials& partials, int parity)
   if (lane < blocks) *in_block_of_cluster(&partials.sums[parity][index], lane) = sum;
   cluster_barrier();
   return sum_partials(partials.sums[parity], blocks * warps);
+}
+
+// The same, once in a kernel, and without a barrier on the way: the sums are their own flags. prepare_flagged_sums()
+// comes first, before anything that takes time. No block leaves before it has received from every other, so none
+// writes to one that has left.
+__device__ inline void prepare_flagged_sums(Partials& partials) {
+  for (int i = int(threadIdx.x); i < kMaxPartials; i += int(blockDim.x)) {
+    partials.sums[0][i] = __uint_as_float(kFreeSum);
+  }
+  cluster_barrier();
+}
+
+__device__ inline float flagged_cluster_row_sum(float s, Partials& partials) {
+  const int warps = int(blockDim.x) / kWarpSize, blocks = blocks_in_cluster(), count = blocks * warps;
+  const int index = rank_in_cluster() * warps + int(threadIdx.x) / kWarpSize;
+  const int lane = int(threadIdx.x) % kWarpSize;
+  float sum = butterfly_sum(s);
+  if (__float_as_uint(sum) == kFreeSum) sum = __uint_as_float(kOtherNanSum);
+  if (lane < blocks) store_in_cluster(in_block_of_cluster(&partials.sums[0][index], lane), sum);
+  for (int i = lane; i < count; i += kWarpSize) {
+    while (__float_as_uint(load_in_cluster(&partials.sums[0][i])) == kFreeSum) {
+    }
+  }
+  sync_warp();
+  return sum_partials(partials.sums[0], count);
 }
 
 }  // namespace fusedcomm::gpu

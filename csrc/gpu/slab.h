@@ -65,10 +65,11 @@ struct SlabLayout {
   uint32_t bytes;
 };
 
-constexpr int64_t kMaxBufferBytes = int64_t(2047) << 20;
+constexpr int64_t kMaxBufferBytes = int64_t(2047) << 20;  // more serves no message better
 
 // An eighth of the buffer for one-shot, the rest for two-shot, which takes larger messages in pieces.
 inline SlabLayout slab_layout(int world_size, int64_t buffer_bytes) {
+  buffer_bytes = buffer_bytes < kMaxBufferBytes ? buffer_bytes : kMaxBufferBytes;
   const auto words = [](uint32_t n) { return (n * 4 + 255) / 256 * 256; };
   const uint32_t world = uint32_t(world_size);
   SlabLayout l;

@@ -37,7 +37,7 @@ def choose_sizes(agreement: Agreement, device_type: str) -> Sizes:
     """The sizes for a group of as many ranks as agreed; pure."""
     world_size = len(agreement.pids)
     if device_type == "cuda":
-        return Sizes(0, choose_gpu_tuning(agreement.gpus[0].arch, world_size).one_shot_max_bytes)
+        return Sizes(0, choose_gpu_tuning(world_size).one_shot_max_bytes)
     slot = slot_bytes(agreement.settings.buffer_mb_on(device_type))
     return Sizes(slot, choose_tuning(world_size, agreement.cores, slot).one_shot_max_bytes)
 
@@ -93,7 +93,7 @@ def _make_gpu(
         world_size,
         device=device,
         buffer_bytes=settings.buffer_mb_on("cuda") << 20,
-        tuning=choose_gpu_tuning(agreement.gpus[0].arch, world_size),
+        tuning=choose_gpu_tuning(world_size),
         timeout_s=settings.timeout_s,
         pids=agreement.pids,
     )

@@ -469,12 +469,12 @@ def test_catalogue() -> None:
 
 
 def test_forced_algorithms_reach_the_tuning_of_gpus() -> None:
-    plain = tuning.choose_gpu_tuning("sm_90", 4)
+    plain = tuning.choose_gpu_tuning(4)
     with tuned(one_shot_max_bytes=0):
-        assert tuning.choose_gpu_tuning("sm_90", 4).one_shot_max_bytes == 0
+        assert tuning.choose_gpu_tuning(4).one_shot_max_bytes == 0
     with tuned(spins=3):  # a field that GPUs do not have
-        assert tuning.choose_gpu_tuning("sm_90", 4) == plain
-    assert tuning.choose_gpu_tuning("sm_90", 4) == plain
+        assert tuning.choose_gpu_tuning(4) == plain
+    assert tuning.choose_gpu_tuning(4) == plain
 
 
 # ---- the run ----

@@ -88,7 +88,7 @@ def test_buffer_sizes(text: str, size: int) -> None:
 
 
 def test_the_default_buffer_size_is_that_of_the_device() -> None:
-    assert [Settings().buffer_mb_on(kind) for kind in ("cpu", "cuda")] == [2, 64]
+    assert [Settings().buffer_mb_on(kind) for kind in ("cpu", "cuda")] == [2, 160]
     assert [read(BUFFER_MB="5").buffer_mb_on(kind) for kind in ("cpu", "cuda")] == [5, 5]
 
 

@@ -56,7 +56,9 @@ def test_the_fp8_format_follows_from_the_architecture(arch: str, dtype: torch.dt
     assert DeviceFacts(arch, "", b"", 0).fp8_dtype is dtype
 
 
-def test_gpu_tuning_has_a_value_for_every_group() -> None:
-    for world_size in range(2, 9):
-        tuning = choose_gpu_tuning("an architecture that nobody measured", world_size)
-        assert tuning.one_shot_max_bytes == (512 if world_size <= 4 else 256) << 10
+def test_one_shot_serves_ever_smaller_messages_as_groups_grow() -> None:
+    """(W - 1) (W - 2) / W S crosses what a link carries in a hop; with two ranks two-shot never moves less."""
+    limits = [choose_gpu_tuning(world_size).one_shot_max_bytes for world_size in range(2, 9)]
+    assert limits == sorted(limits, reverse=True)
+    assert limits[0] == 4 << 20
+    assert limits[2] == 250_000 * 4 // 6
