@@ -86,6 +86,7 @@ Communicator::Communicator(const Config& config, const std::vector<void*>& slabs
   group.layout = slab_layout(config.world_size, config.buffer_bytes);
   group.timeout_ticks = uint64_t(double(config.timeout_ns) * 1e-9 * double(ticks_per_second(config.device)));
   try {
+    if (group.layout.bytes != config.slab_bytes) throw std::runtime_error("slab_bytes: expected those of slab_bytes()");
     impl_->geometry = device_of(config.device).geometry;
     void* page = nullptr;
     check_status(allocate_host_page(&page, sizeof(HostPage)), "allocating host memory");

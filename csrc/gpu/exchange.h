@@ -22,7 +22,7 @@ __device__ inline Vec free_slot() { return {{kFree, kFree, kFree, kFree}}; }
 // One thread's waits in a kernel: nearly always short, ended by the deadline or by the peer's death otherwise.
 class Waiter {
  public:
-  // `pause`: between polls, in the units of pause(); a GPU full of polling threads slows the data that they wait for.
+  // `pause`: nanoseconds between polls; a GPU full of polling threads slows the data that they wait for.
   __device__ explicit Waiter(const Group& group, uint32_t pause = 0) : group_(group), pause_(pause) {}
 
   // True if the wait for `peer` goes on. `grace`: it may itself be waiting for another rank, which is the one to name.

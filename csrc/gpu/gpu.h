@@ -61,6 +61,11 @@ __device__ inline void store_flagged(Vec* p, const Vec& v) {
   asm volatile("global_store_dwordx4 %0, %1, off sc0 sc1" ::"v"(p), "v"(words) : "memory");
 }
 
+// Past the caches of one multiprocessor, which may hold what an earlier kernel saw.
+__device__ inline uint32_t load_counter(const uint32_t* p) {
+  return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+}
+
 __device__ inline uint32_t load_host(const uint32_t* p) {
   return __hip_atomic_load(p, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_SYSTEM);
 }
@@ -149,6 +154,13 @@ __device__ inline Vec load_flagged(const Vec* p) {
 __device__ inline void store_flagged(Vec* p, const Vec& v) {
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.w[0]), "r"(v.w[1]), "r"(v.w[2]),
                "r"(v.w[3]));
+}
+
+// Past the caches of one multiprocessor, which may hold what an earlier kernel saw.
+__device__ inline uint32_t load_counter(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
 }
 
 __device__ inline uint32_t load_host(const uint32_t* p) {

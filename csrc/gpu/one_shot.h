@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(512, 1)
   uint32_t* const counter = group.one_shot_counters() + slot;
   uint32_t generation = 0;
   if (active) {
-    generation = *counter;
+    generation = load_counter(counter);
     const Vec own = as_message(load_flat<T>(a.x, index, a.count));
     send_to_peers<kMaxWorld>(group, group.one_shot(generation, group.rank, slot, in_slot), own);
     Waiter waiter(group);
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(512, 1)
   for (int j = 0; j < kPacks; ++j) {
     const int pack = j * int(blockDim.x) + first;
     if (pack >= packs) continue;
-    generation[j] = counters[pack * kVecs / kVecsPerSlot];
+    generation[j] = load_counter(counters + pack * kVecs / kVecsPerSlot);
     own[j] = Pack<T>::load(x, row * packs + pack);
 #pragma unroll
     for (int i = 0; i < kVecs; ++i) own[j].v[i] = as_message(own[j].v[i]);

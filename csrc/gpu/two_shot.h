@@ -33,7 +33,7 @@ __device__ inline Range range_of(int count, int worker, int workers) {
 __device__ inline void send_to_owner(const Group& group, uint32_t slot, uint32_t in_slot, const Vec& addend) {
   const int owner = int(slot % uint32_t(group.world_size));
   if (owner == group.rank) return;
-  const uint32_t offset = group.to_make(group.two_shot_counters()[slot], group.rank, slot, in_slot);
+  const uint32_t offset = group.to_make(load_counter(group.two_shot_counters() + slot), group.rank, slot, in_slot);
   store_flagged(group.at(owner, offset), as_message(addend));
 }
 
@@ -45,7 +45,7 @@ __device__ inline bool is_owner(const Group& group, uint32_t slot) {
 template <class T, int kMaxWorld>
 __device__ inline void make_sum(const Group& group, Waiter& waiter, uint32_t slot, uint32_t in_slot,
                                 const Vec& addend) {
-  const uint32_t generation = group.two_shot_counters()[slot];
+  const uint32_t generation = load_counter(group.two_shot_counters() + slot);
   const Vec sum = as_message(receive_sum<T, kMaxWorld>(group, waiter, as_message(addend),
                                                        group.to_make(generation, 0, slot, in_slot),
                                                        group.layout.to_make_stride, slot, generation));
@@ -56,7 +56,7 @@ __device__ inline void make_sum(const Group& group, Waiter& waiter, uint32_t slo
 
 // Step three: the sum, from its owner.
 __device__ inline Vec receive_made(const Group& group, Waiter& waiter, uint32_t slot, uint32_t in_slot) {
-  const uint32_t generation = group.two_shot_counters()[slot];
+  const uint32_t generation = load_counter(group.two_shot_counters() + slot);
   Vec* const place = group.at(group.rank, group.made(generation, slot, in_slot));
   Vec v = load_flagged(place);
   while (!has_arrived(v) && waiter.go_on(int(slot % uint32_t(group.world_size)), slot, generation, true)) {
