@@ -98,7 +98,10 @@ __device__ inline void send_and_sum(const Group& group, Pace pace, RowSlots shap
 }
 
 // After a barrier of the block that received all of a slot: who sent and summed it has read its counter.
-__device__ inline void advance(const Group& group, uint32_t slot) { ++group.two_shot_counters()[slot]; }
+__device__ inline void advance(const Group& group, uint32_t slot) {
+  uint32_t* const counter = group.two_shot_counters() + slot;
+  *counter = load_counter(counter) + 1;
+}
 
 // A flat message: one row. Blocks hold whole slots.
 template <class T, int kMaxWorld>
