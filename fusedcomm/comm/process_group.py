@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed import Store, distributed_c10d  # type: ignore[attr-defined]  # public, not in __all__
 
 from fusedcomm.errors import GroupBrokenError, PeerDiedError, PeerTimeoutError
+
+_ABORT_S = 5.0
 
 
 def rendezvous(ranks: Sequence[int]) -> Store:
@@ -73,7 +77,18 @@ def close(group: dist.ProcessGroup, device: torch.device, *, is_healthy: bool) -
     if is_healthy:
         with contextlib.suppress(RuntimeError):  # of a kernel that ran before; the next use of the device raises it too
             torch.cuda.synchronize(device)
-    group.abort()  # shutdown() would wait for peers, which may be gone or still busy
+    # shutdown() would wait for peers, which may be gone or still busy. abort() waits as well: NCCL keeps a communicator
+    # until the last captured graph that holds its kernels is gone, and that may be after this call.
+    thread = threading.Thread(target=group.abort, name="fusedcomm-nccl-abort", daemon=True)
+    thread.start()
+    thread.join(_ABORT_S)
+    if thread.is_alive():
+        warnings.warn(
+            f"NCCL has not let its communicator go within {_ABORT_S:g} s (a captured graph still holds its kernels?); "
+            "it goes on in the background",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def abandon(group: dist.ProcessGroup) -> None:

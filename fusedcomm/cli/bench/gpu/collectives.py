@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -37,6 +38,9 @@ def run(spec: Spec, output: IO[str] | None) -> None:
             for record in _records(spec, job):
                 if output is not None and job.rank == 0:
                     print(json.dumps({**record, **about}), file=output, flush=True)
+    except BaseException:
+        traceback.print_exc()  # now: closing groups that are in disorder may take long, or not come back
+        raise
     finally:
         job.close()
 

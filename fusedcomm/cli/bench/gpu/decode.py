@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import traceback
 import signal
 import statistics
 import sys
@@ -69,6 +70,9 @@ def run(spec: DecodeSpec, output: IO[str] | None) -> None:
             for record in _records(spec, job, groups):
                 if output is not None and job.rank == 0:
                     print(json.dumps({**record, **about}), file=output, flush=True)
+    except BaseException:
+        traceback.print_exc()  # see collectives.py
+        raise
     finally:
         for group in groups:
             group.close()
