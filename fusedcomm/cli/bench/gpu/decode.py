@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import traceback
 import signal
 import statistics
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
