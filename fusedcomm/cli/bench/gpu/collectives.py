@@ -22,7 +22,7 @@ from fusedcomm.cli.bench.cases import Case
 from fusedcomm.cli.bench.gpu import harness, peers
 from fusedcomm.cli.bench.gpu.catalogue import Catalogue
 from fusedcomm.cli.bench.gpu.device import describe_gpu_versions, describe_gpus
-from fusedcomm.cli.bench.gpu.interference import measure_loaded
+from fusedcomm.cli.bench.gpu.interference import LoadTooShortError, measure_loaded
 from fusedcomm.cli.bench.gpu.job import GpuJob, forbid_multicast
 from fusedcomm.cli.bench.gpu.shape import Limits, Shape, make_shape
 from fusedcomm.cli.bench.gpu.spec import Spec
@@ -76,14 +76,14 @@ def _records(spec: Spec, job: GpuJob) -> Iterator[dict[str, Any]]:
             job.be_patient()
             case = Case(tokens, hidden, dtype)
             shape = make_shape(job, case, spec.calls_for(tokens), spec.sets, limits)
-            records = list(_shape_records(spec, job, catalogue, shape, ops))
-            absent = sum("absent" in r for r in records)
+            absent = 0
+            for record in _shape_records(spec, job, catalogue, shape, ops):
+                absent += "absent" in record
+                yield {**record, "hidden": hidden, "tokens": tokens, "message_bytes": case.message_bytes}
             job.say(
                 f"{job.world_size} ranks, H {hidden}, {tokens} tokens: {time.perf_counter() - start:.1f} s"
                 + (f", {absent} peers absent" if absent else "")
             )
-            for record in records:
-                yield {**record, "hidden": hidden, "tokens": tokens, "message_bytes": case.message_bytes}
             del shape
     finally:
         catalogue.close()
@@ -139,7 +139,11 @@ def _loaded(spec: Spec, job: GpuJob, entries: list[harness.Entry], calls: int) -
         yield {"op": "load", "peer": "*", "absent": f"Triton is not installed: {error}"}
         return
     load = MemoryLoad(job.device.device)
-    figures = measure_loaded(entries, load, job, job.device, calls, spec.load_rounds)
+    try:
+        figures = measure_loaded(entries, load, job, job.device, calls, spec.load_rounds)
+    except LoadTooShortError as error:  # on all ranks alike: they agree on how long it lasted
+        yield {"op": "load", "peer": "*", "absent": str(error)}
+        return
     for entry, figure in zip(entries, figures, strict=True):
         yield {
             "op": entry.op,

@@ -20,6 +20,10 @@ class Load(Protocol):
         """Starts now, for at least ``seconds``; returns a mark of its end."""
 
 
+class LoadTooShortError(RuntimeError):
+    """The load never lasted as long as a graph did; raised by all ranks."""
+
+
 class Interference(NamedTuple):
     """Seconds a call, the slowest rank's medians."""
 
@@ -33,7 +37,7 @@ def measure_loaded(
     """Each entry's graph alone and beside ``load``, in turn, once a round.
 
     Raises:
-        RuntimeError: the load never lasted as long as a graph did.
+        LoadTooShortError: the load never lasted as long as a graph did.
     """
     alone: list[list[float]] = [[] for _ in entries]
     loaded: list[list[float]] = [[] for _ in entries]
@@ -58,7 +62,7 @@ def _beside(entry: Entry, ranks: Ranks, device: Device, load: Load, alone_s: flo
         if min(ranks.of_all_ranks(slack)) > 0:
             return seconds
         length *= 2
-    raise RuntimeError("load: expected to last as long as a graph beside it, got one that ends before")
+    raise LoadTooShortError("load: expected to last as long as a graph beside it, got one that ends before")
 
 
 def _once(entry: Entry, ranks: Ranks, device: Device, start_load: Callable[[], Any] | None) -> tuple[float, float]:
