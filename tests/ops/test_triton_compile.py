@@ -85,13 +85,13 @@ def norm_quant(target: Target, x: str = "bf16", **options: Any) -> str:
 
 
 def squares(asm: str, target: Target) -> list[str]:
-    """The third operand of each fused multiply-add that multiplies a register by itself."""
+    """The third operand of each fused multiply-add that multiplies a register by itself; packed ones count twice."""
     if target.backend == "cuda":
         return [m[1] for m in re.findall(r"fma\.rn\.f32\s+\S+, (%\w+), \1, (\S+);", asm)]
     found = re.findall(r"v_fma_f32 v\d+, (v\d+), \1, (\S+)", asm)
     packed = re.findall(r"v_pk_fma_f32 v\[[\d:]+\], (v\[[\d:]+\]), \1, (\S+)", asm)
     fused = re.findall(r"v_fmac_f32\S* (v\d+), (v\d+), \2\b", asm)
-    return [m[1] for m in found + packed] + [m[0] for m in fused]
+    return [m[1] for m in found + 2 * packed] + [m[0] for m in fused]
 
 
 @targets

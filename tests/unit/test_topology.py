@@ -265,7 +265,7 @@ def test_equal_gpus_agree() -> None:
     assert agreement.custom_unavailable == ""
     assert agreement.nccl
     assert agreement.gpus == (gpu(0), gpu(1), gpu(2), gpu(3))
-    assert agreement.settings.buffer_mb == 64
+    assert agreement.settings.buffer_mb == 160
 
 
 def test_ranks_that_share_a_gpu_have_no_nccl_and_keep_the_custom_stages() -> None:
@@ -318,12 +318,12 @@ def test_the_kernels_serve_so_many_ranks(size: int, on_gpu: bool, fits: bool) ->
 
 
 def test_an_unset_buffer_size_and_its_default_are_no_disagreement() -> None:
-    hellos = [hello(Settings(buffer_mb=size), gpu=gpu(r)) for r, size in enumerate((None, 64))]
+    hellos = [hello(Settings(buffer_mb=size), gpu=gpu(r)) for r, size in enumerate((None, 160))]
     assert over_the_wire(hellos).disagreements == ()
     hellos = [hello(Settings(buffer_mb=size), gpu=gpu(r)) for r, size in enumerate((None, 128))]
     agreement = over_the_wire(hellos)
-    assert agreement.settings.buffer_mb == 64
-    assert "rank 0: 64, rank 1: 128" in agreement.disagreements[0]
+    assert agreement.settings.buffer_mb == 128
+    assert "rank 0: 160, rank 1: 128" in agreement.disagreements[0]
 
 
 def test_peer_access_has_to_go_both_ways() -> None:
