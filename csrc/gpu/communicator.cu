@@ -18,6 +18,8 @@ namespace {
 
 constexpr int kMaxDevices = 64;
 constexpr int kWatchIntervalMs = 20;
+constexpr int kFirstCaptureError = 900;  // of both runtimes: StreamCaptureUnsupported, …
+constexpr int kLastCaptureError = 908;
 
 void check_status(Status status, const char* what) {
   if (status != kOk) throw std::runtime_error(std::string(what) + ": " + FUSEDCOMM_RT(GetErrorString)(status));
@@ -125,14 +127,14 @@ void Communicator::all_reduce(DType dtype, const void* x, void* out, int64_t cou
   // pieces of one size, of whole slots: each costs its hops
   const int64_t piece = slots_of(divide_up(bytes, divide_up(bytes, capacity))) * kSlotBytes;
   const DeviceGuard guard(config_.device);
+  impl_->group.op = 1;
   for (int64_t done = 0; done < bytes; done += piece) {
     SumArguments a;
     a.x = static_cast<const char*>(x) + done;
     a.out = static_cast<char*>(out) + done;
     a.count = std::min(piece, bytes - done) / element;
-    check_status(kernels_of(dtype).sum(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
-                                       impl_->geometry, a, static_cast<Stream>(stream)),
-                 "launching all_reduce");
+    check_launch(int(kernels_of(dtype).sum(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
+                                           impl_->geometry, a, static_cast<Stream>(stream))));
   }
   ++(one_shot ? num_one_shot_ : num_two_shot_);
 }
@@ -150,6 +152,7 @@ void Communicator::all_reduce_norm(DType dtype, const void* x, int64_t rows, con
   const int64_t capacity = (one_shot ? layout.one_shot_slots : layout.two_shot_slots) / row_slots;
   const int64_t piece = divide_up(rows, divide_up(rows, capacity));
   const DeviceGuard guard(config_.device);
+  impl_->group.op = arguments.quant.fp8 == nullptr ? 2 : 3;
   for (int64_t done = 0; done < rows; done += piece) {
     NormArguments a = arguments;
     a.inverse_hidden = 1.0f / float(a.hidden);
@@ -162,12 +165,22 @@ void Communicator::all_reduce_norm(DType dtype, const void* x, int64_t rows, con
     advance(a.quant.fp8, done * arguments.hidden);
     advance(a.quant.scale, done * a.quant.row_stride * 4);
     advance(a.quant.packed_scale, done * a.quant.row_stride * 4);
-    check_status(kernels_of(dtype).norm(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
-                                        impl_->geometry, static_cast<const char*>(x) + done * row_bytes,
-                                        std::min(piece, rows - done), a, static_cast<Stream>(stream)),
-                 "launching allreduce_rmsnorm");
+    check_launch(int(kernels_of(dtype).norm(impl_->group, one_shot ? Algorithm::kOneShot : Algorithm::kTwoShot,
+                                            impl_->geometry, static_cast<const char*>(x) + done * row_bytes,
+                                            std::min(piece, rows - done), a, static_cast<Stream>(stream))));
   }
   ++(one_shot ? num_one_shot_ : num_two_shot_);
+}
+
+// Peers that launched wait for this rank, and what it sent next would be taken for this call's.
+void Communicator::check_launch(int status) {
+  if (Status(status) == kOk) return;
+  if (status >= kFirstCaptureError && status <= kLastCaptureError) {  // recorded or not, nothing has been sent
+    check_status(Status(status), "capturing a collective");
+  }
+  fail(std::string("launching ") + op_name(impl_->group.op) +
+       " failed: " + FUSEDCOMM_RT(GetErrorString)(Status(status)));
+  throw CommError(message_);
 }
 
 void Communicator::check() {
@@ -176,18 +189,10 @@ void Communicator::check() {
   if (r.state != kRecorded) return;
   std::atomic_thread_fence(std::memory_order_acquire);
   failure_ = Failure(r.kind);
-  std::vector<CallRecord> calls;
-  const uint32_t number = r.op_number;
-  std::string what = "a call";
-  try {
-    for (const CallRecord& call : trace()) {
-      if (call.op_number == number) what = op_name(call.op);
-    }
-  } catch (const std::exception&) {
-    // the number alone has to do
-  }
+  // Nothing here waits for the device: something else on it may be waiting for the same peer.
+  const std::string what = op_name(r.op);
   const std::string peer = std::to_string(r.peer), rank = std::to_string(config_.rank);
-  const std::string where = " (call " + std::to_string(number) + ", block " + std::to_string(r.block) + ", slot " +
+  const std::string where = " (call " + std::to_string(r.op_number) + ", block " + std::to_string(r.block) + ", slot " +
                             std::to_string(r.slot) + ", generation " + std::to_string(r.generation) + ")";
   if (failure_ == Failure::kTimeout) {
     const std::string seconds = std::to_string(double(config_.timeout_ns) * 1e-9);

@@ -74,6 +74,7 @@ class Communicator {
  private:
   struct Impl;
 
+  void check_launch(int status);
   void watch();
   bool is_gone(int rank) const;
 

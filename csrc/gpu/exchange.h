@@ -25,6 +25,9 @@ class Waiter {
   // `pause`: nanoseconds between polls; a GPU full of polling threads slows the data that they wait for.
   __device__ explicit Waiter(const Group& group, uint32_t pause = 0) : group_(group), pause_(pause) {}
 
+  // A wait begins: the deadline is that of one wait.
+  __device__ void begin() { polls_ = 0; }
+
   // True if the wait for `peer` goes on. `grace`: it may itself be waiting for another rank, which is the one to name.
   __device__ bool go_on(int peer, uint32_t slot, uint32_t generation, bool grace = false) {
     if (pause_ != 0) pause(pause_);
@@ -52,7 +55,8 @@ class Waiter {
       FailureRecord& r = group_.host->record;
       r.kind = uint32_t(kind);
       r.peer = uint32_t(peer);
-      r.op_number = control->started - 1;
+      r.op = group_.op;
+      r.op_number = load_counter(&control->started) - 1;
       r.block = blockIdx.x;
       r.slot = slot;
       r.generation = generation;
@@ -95,6 +99,7 @@ __device__ inline Vec receive_sum(const Group& group, Waiter& waiter, const Vec&
     received[r] = own;
     if (r < group.world_size && r != group.rank) received[r] = load_flagged(place(r));
   }
+  waiter.begin();
   for (;;) {
     int missing = -1;
 #pragma unroll
@@ -126,7 +131,7 @@ class Tracer {
   __device__ Tracer(const Group& group, const TraceRecord& facts) : control_(group.control()), facts_(facts) {
     if (!writes()) return;
     atomicAdd(&control_->started, 1u);
-    op_number_ = control_->op_number;
+    op_number_ = load_counter(&control_->op_number);
   }
 
   __device__ void finish() {

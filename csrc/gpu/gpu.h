@@ -78,7 +78,7 @@ __device__ inline V shuffle_xor(V v, int mask) {
   return __shfl_xor(v, mask, kWarpSize);
 }
 
-// Constant frequency: see ticks_per_second() of device.h.
+// Constant frequency: see ticks_per_second().
 __device__ inline uint64_t ticks() { return __builtin_amdgcn_s_memrealtime(); }
 
 // About so many nanoseconds.
@@ -322,6 +322,7 @@ struct LaunchShape {
 
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
+  (void)hipGetLastError();  // of another call, and not this launch's
   kernel<<<dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)), 0, stream>>>(arguments...);
   return hipGetLastError();
 }

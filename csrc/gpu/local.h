@@ -81,7 +81,7 @@ __device__ inline void load_sum_ragged(const void* x, const NormArguments& a, in
 constexpr int kRaggedThreads = 512;
 constexpr int kRaggedPacks = 8;  // 32,768 elements
 
-// Any H up to 32,768; x and residual must be no outputs but residual_out, which is written last.
+// Any H up to 32,768. A thread writes over x or the residual only where it has read them for the last time.
 template <class T>
 __global__ void __launch_bounds__(kRaggedThreads, 1)
     local_norm_ragged(const void* x, const __grid_constant__ NormArguments a) {

@@ -34,7 +34,7 @@ constexpr uint32_t kOtherNan = 0x7fff7fffu;
 // The last calls of this rank, in device memory: replayed graphs write it too.
 struct TraceRecord {
   uint32_t op_number;
-  uint32_t op;         // Op of layout.h
+  uint32_t op;         // 1 all_reduce, 2 allreduce_rmsnorm, 3 allreduce_rmsnorm_quant
   uint32_t algorithm;  // 1 one-shot, 2 two-shot
   uint32_t dtype;      // DType
   uint32_t rows;
@@ -92,6 +92,7 @@ struct FailureRecord {
   uint32_t state;  // 0, or kRecorded once the rest is there
   uint32_t kind;   // Failure of failure.h
   uint32_t peer;
+  uint32_t op;  // as in TraceRecord
   uint32_t op_number;
   uint32_t block;
   uint32_t slot;
@@ -114,6 +115,7 @@ struct Group {
   SlabLayout layout;
   HostPage* host;
   uint64_t timeout_ticks;
+  uint32_t op;  // of this launch, as in TraceRecord
 
   // Where Vec `in_slot` of a slot lies in a slab.
   __device__ uint32_t one_shot(uint32_t generation, int source, uint32_t slot, uint32_t in_slot) const {

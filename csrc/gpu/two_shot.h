@@ -59,6 +59,7 @@ __device__ inline Vec receive_made(const Group& group, Waiter& waiter, uint32_t 
   const uint32_t generation = load_counter(group.two_shot_counters() + slot);
   Vec* const place = group.at(group.rank, group.made(generation, slot, in_slot));
   Vec v = load_flagged(place);
+  waiter.begin();
   while (!has_arrived(v) && waiter.go_on(int(slot % uint32_t(group.world_size)), slot, generation, true)) {
     v = load_flagged(place);
   }

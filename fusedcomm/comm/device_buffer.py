@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 import struct
+import time
 from collections.abc import Sequence
 
 from fusedcomm.comm.processes import close_all, is_gone, open_pidfd
@@ -22,6 +23,7 @@ PAGE_BYTES = 4096
 UNMAPPED_OFFSET = 4088
 """The byte of a rank's page that is 1 once it has unmapped the slabs of its peers; behind the header of layout.h."""
 _HANDLE_BYTES = 64
+_MOMENT_S = 0.2
 _SLAB = struct.Struct(f"<{_HANDLE_BYTES}s{ERROR_BYTES}s")  # handle, error
 
 
@@ -88,7 +90,10 @@ class DeviceBuffer:
         return cls(gpu, device, rank, slabs, pages, pidfds)
 
     def close(self) -> None:
-        """Unmaps the peers' slabs, and frees the own one as soon as no peer maps it. Closing twice is fine."""
+        """Unmaps the peers' slabs, and frees the own one once no peer maps it. Closing twice is fine.
+
+        Where peers do not close within a moment, it is freed when a buffer is next made or closed.
+        """
         if self._closed:
             return
         self._closed = True
@@ -97,6 +102,9 @@ class DeviceBuffer:
                 self._native.slab_close(self._device, slab)
         ctypes.c_uint8.from_address(self.pages[self._rank] + UNMAPPED_OFFSET).value = 1
         _graveyard.append((os.getpid(), self))
+        deadline = time.monotonic() + _MOMENT_S
+        while sweep() and not self._is_free() and time.monotonic() < deadline:
+            time.sleep(0.001)
         sweep()
 
     def _is_free(self) -> bool:

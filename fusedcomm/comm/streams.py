@@ -29,7 +29,9 @@ class StreamOrder:
         self._last = self._current(device)
         """The stream of the last call that ran (or the current one, before there is any)."""
         self._captured: int | None = None
-        """The stream of the last call that was captured."""
+        """The stream of the last call that was captured, as far as it was seen."""
+        self._fast: int | None = self._last
+        """The stream on which the next call needs no look; None while a capture uses several streams."""
 
     def before_call(self, x: torch.Tensor) -> None:
         """Called before every launch on the current stream.
@@ -39,25 +41,30 @@ class StreamOrder:
             RuntimeError: a capture is going on in the stream of the last call, and this call is outside of it.
         """
         stream = self._current(self._device)
-        if stream != self._last:
+        if stream != self._fast:
             self._switch(stream)
         if not x.is_cuda:
             raise ValueError(f"x: expected a tensor on cuda:{self._device}, got {x.device}")
 
     def _switch(self, stream: int) -> None:
         if not self._is_capturing(stream):
-            if self._is_capturing(self._last):
-                raise RuntimeError(
-                    "a graph is being captured in the stream of this group's last call, and this call is on another "
-                    "stream outside of the capture: make it before or after"
-                )
-            self._wait(stream, self._last)
-            self._last = stream
-        elif stream != self._captured:
-            # An earlier capture has ended: nothing of it runs by itself, and nothing can be waited for.
-            if self._captured is not None and self._is_capturing(self._captured):
-                self._wait(stream, self._captured)
-            self._captured = stream
+            if stream != self._last:
+                if self._is_capturing(self._last):
+                    raise RuntimeError(
+                        "a graph is being captured in the stream of this group's last call, and this call is on "
+                        "another stream outside of the capture: make it before or after"
+                    )
+                self._wait(stream, self._last)
+            self._last = self._fast = stream
+            return
+        before = self._captured
+        if before is None or before == stream or not self._is_capturing(before):
+            # The call before was not seen: it was captured on the stream of the last eager call, or there is none. (Of
+            # a capture that has ended nothing runs by itself, and nothing can be waited for.)
+            before = self._last if self._fast is not None and self._is_capturing(self._last) else None
+        if before is not None and before != stream:
+            self._wait(stream, before)
+        self._captured, self._fast = stream, None
 
     def _wait(self, stream: int, for_stream: int) -> None:
         event = torch.cuda.Event()

@@ -23,7 +23,7 @@ from fusedcomm.comm.plan import OPS, Facts, Plan
 from fusedcomm.comm.stages import StagedCollectives
 from fusedcomm.comm.streams import GraphCapture, side_stream
 from fusedcomm.env import Settings
-from fusedcomm.errors import FusedCommError, SettingError
+from fusedcomm.errors import FusedCommError, GroupBrokenError, SettingError
 from fusedcomm.groups.custom_setup import choose_sizes, gpu_facts, make_custom
 from fusedcomm.groups.device import choose_device
 from fusedcomm.groups.topology import Hello, agree
@@ -258,18 +258,29 @@ class GroupCoordinator(StagedCollectives):
         """
         if self._closed:
             return
-        is_healthy = self._guard.usable
+        is_healthy = self._guard.usable and not self._has_failed_unseen()
         if not self._forked:
             self._guard.close()
         self._stop_direct()
         self._closed = True
+        if self._group is not None and not self._forked:
+            # first: NCCL may be waiting on the device for a peer that is gone, and the rest waits for the device
+            process_group.close(self._group, self.device, is_healthy=is_healthy)
         if self._custom is not None:
             self._custom.close()
         if self._aiter is not None:
             self._aiter.close()
-        if self._group is not None and not self._forked:
-            process_group.close(self._group, self.device, is_healthy=is_healthy)
         self._group = self._control = None
+
+    def _has_failed_unseen(self) -> bool:
+        """Whether the device has found a failure that no call has raised yet."""
+        if self._forked or not isinstance(self._custom, GpuCustomAllReduce):
+            return False
+        try:
+            self._custom.check()
+        except GroupBrokenError:
+            return True
+        return False
 
     def __enter__(self) -> GroupCoordinator:
         return self

@@ -116,13 +116,21 @@ class BlockFP8Linear(nn.Module):
             )
 
     def _prepare(self, prepare: Callable[[torch.Tensor, torch.Tensor], _Prepared]) -> _Prepared:
-        """``prepare(weight, weight_scale)``, made again only when one of them changed."""
-        if torch.compiler.is_compiling():  # what the key is made of cannot be traced
+        """``prepare(weight, weight_scale)``, made again only when one of them changed.
+
+        A change through ``.data`` leaves no trace: ``forget_prepared()`` after it.
+        """
+        # What the key is made of cannot be traced; and what a graph records is not there yet.
+        if torch.compiler.is_compiling() or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return prepare(self.weight, self.weight_scale)
         key = (_version(self.weight), _version(self.weight_scale))
         if self._prepared is None or self._prepared[0] != key:
             self._prepared = (key, prepare(self.weight, self.weight_scale))
         return cast(_Prepared, self._prepared[1])
+
+    def forget_prepared(self) -> None:
+        """After weights were written through ``.data`` (loaders, weight updates): the next call prepares them anew."""
+        self._prepared = None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -48,7 +48,9 @@ def can_scale(rows: int, columns: int) -> bool:
 
 def scaled_weight(weight: torch.Tensor, weight_scale: torch.Tensor) -> ScaledWeight:
     """Lays out the scales fp32 ``[ceil(N / 128), K / 128]`` of FP8 ``weight [N, K]``, whose values stay as they are."""
-    padded = functional.pad(weight_scale.float(), (0, -weight_scale.shape[1] % _ROWS)).contiguous()
+    padded, missing = weight_scale.float().contiguous(), -weight_scale.shape[1] % _ROWS
+    if missing:  # else a view, which follows what is written to the scales
+        padded = functional.pad(padded, (0, missing))
     return ScaledWeight(weight.t(), padded.t())
 
 

@@ -71,6 +71,18 @@ def test_streams_of_one_capture_are_ordered(order: Pretended) -> None:
     assert order.call(OTHER) == []
 
 
+def test_streams_of_a_capture_on_the_stream_of_the_eager_calls_are_ordered(order: Pretended) -> None:
+    order.call(CAPTURE)  # warming up
+    for _ in range(2):
+        order.capturing = {CAPTURE, SIDE}
+        assert order.call(CAPTURE) == []
+        assert order.call(SIDE) == [(SIDE, CAPTURE)]
+        assert order.call(CAPTURE) == [(CAPTURE, SIDE)]
+        assert order.call(CAPTURE) == []
+        order.capturing = set()
+        assert order.call(CAPTURE) == []  # eager
+
+
 def test_a_call_on_the_captures_stream_after_it(order: Pretended) -> None:
     order.call(MAIN)
     order.capturing = {SIDE}
