@@ -103,9 +103,11 @@ class DeviceBuffer:
         ctypes.c_uint8.from_address(self.pages[self._rank] + UNMAPPED_OFFSET).value = 1
         _graveyard.append((os.getpid(), self))
         deadline = time.monotonic() + _MOMENT_S
-        while sweep() and not self._is_free() and time.monotonic() < deadline:
-            time.sleep(0.001)
         sweep()
+        # by the list alone: once it is freed, nothing of it may be looked at
+        while any(buffer is self for _, buffer in _graveyard) and time.monotonic() < deadline:
+            time.sleep(0.001)
+            sweep()
 
     def _is_free(self) -> bool:
         """Whether no peer maps the own slab any more."""

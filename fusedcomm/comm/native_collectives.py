@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import weakref
 from collections.abc import Callable
@@ -27,7 +28,7 @@ FAILURES: dict[int, type[errors.GroupBrokenError]] = {
 _LAYOUT_FLAGS = {layout: layout_flags(layout)[:2] for layout in ScaleLayout}
 
 
-class NativeCollectives:
+class NativeCollectives(abc.ABC):
     """One rank's end of the native collectives; a subclass sets up and owns the memory that they work in.
 
     The operators check every argument before anything is sent; what they say is short (RuntimeError), and the caller
@@ -114,9 +115,13 @@ class NativeCollectives:
         except BaseException as error:
             raise self._translate(error) from None
 
+    @abc.abstractmethod
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Part ``rank`` of the sum over ranks of x ``[world_size, ...]`` into out."""
-        raise NotImplementedError
+
+    def has_failed(self) -> bool:
+        """Whether a call has failed, or a kernel on the device has; waits for nothing."""
+        return bool(self._native.comm_failure(self._handle))
 
     def counts(self) -> dict[str, int]:
         """How many all-reduces (plain or fused) took one-shot and two-shot."""

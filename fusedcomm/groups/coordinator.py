@@ -23,7 +23,7 @@ from fusedcomm.comm.plan import OPS, Facts, Plan
 from fusedcomm.comm.stages import StagedCollectives
 from fusedcomm.comm.streams import GraphCapture, side_stream
 from fusedcomm.env import Settings
-from fusedcomm.errors import FusedCommError, GroupBrokenError, SettingError
+from fusedcomm.errors import FusedCommError, SettingError
 from fusedcomm.groups.custom_setup import choose_sizes, gpu_facts, make_custom
 from fusedcomm.groups.device import choose_device
 from fusedcomm.groups.topology import Hello, agree
@@ -258,7 +258,8 @@ class GroupCoordinator(StagedCollectives):
         """
         if self._closed:
             return
-        is_healthy = self._guard.usable and not self._has_failed_unseen()
+        # a GPU may have found what no call has raised yet
+        is_healthy = self._guard.usable and not (self._custom is not None and self._custom.has_failed())
         if not self._forked:
             self._guard.close()
         self._stop_direct()
@@ -271,16 +272,6 @@ class GroupCoordinator(StagedCollectives):
         if self._aiter is not None:
             self._aiter.close()
         self._group = self._control = None
-
-    def _has_failed_unseen(self) -> bool:
-        """Whether the device has found a failure that no call has raised yet."""
-        if self._forked or not isinstance(self._custom, GpuCustomAllReduce):
-            return False
-        try:
-            self._custom.check()
-        except GroupBrokenError:
-            return True
-        return False
 
     def __enter__(self) -> GroupCoordinator:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,28 @@ def test_a_slab_is_freed_when_the_last_peer_has_unmapped_it(gpu: PretendedGpu) -
     assert len(gpu.allocated) == 3
     assert sweep() == 2
     third.close()  # sweeps: nobody maps anything any more
+    assert gpu.allocated == {}
+
+
+def test_a_slab_is_freed_beside_one_that_has_to_wait(gpu: PretendedGpu) -> None:
+    waiting, *others = create(gpu)
+    waiting.close()
+    for buffer in create(gpu):
+        buffer.close()  # the last one frees all three, and must not look at its pages after that
+    assert len(gpu.allocated) == 3
+    assert sweep() == 1
+    for buffer in others:
+        buffer.close()
+
+
+def test_close_waits_a_moment_for_peers_that_close_too(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_buffer, "_MOMENT_S", 20.0)
+    closing = [threading.Timer(0.05 * rank, buffer.close) for rank, buffer in enumerate(create(gpu))]
+    for timer in closing:
+        timer.start()
+    for timer in closing:
+        timer.join(10)
+        assert not timer.is_alive(), "who closes first goes on when the last one has"
     assert gpu.allocated == {}
 
 

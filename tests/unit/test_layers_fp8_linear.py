@@ -124,6 +124,15 @@ def test_a_changed_weight_is_noticed() -> None:
     assert torch.equal(linear(x), before)
 
 
+def test_a_change_through_data_is_seen_after_forget_prepared() -> None:
+    linear = make_linear(128, 128, dtype=torch.float32)
+    x = torch.randn(2, 128)
+    before = linear(x)
+    linear.weight_scale.data.mul_(2)
+    linear.forget_prepared()
+    assert torch.equal(linear(x), before * 2)
+
+
 def test_nan_stays_in_its_row() -> None:
     linear = make_linear(256, 128)
     x = torch.randn(3, 256, dtype=torch.bfloat16)

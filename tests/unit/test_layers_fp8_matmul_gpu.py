@@ -53,6 +53,14 @@ def test_weight_scales_are_padded_along_k(blocks: int) -> None:
     assert prepared.values.stride() == (1, 128 * blocks)
 
 
+def test_weight_scales_that_need_no_padding_are_the_parameters_memory() -> None:
+    """A write to the parameter, through .data too, is a write to what is multiplied."""
+    weight, scale = quantize_blocks(torch.randn(256, 512))
+    prepared = gpu.scaled_weight(weight, scale)
+    scale.data.fill_(3.0)
+    assert (prepared.scale == 3.0).all()
+
+
 @pytest.mark.parametrize(("shape", "fits"), [((4096, 512), True), ((24, 128), False), ((16, 64), False)])
 def test_what_cublas_takes(shape: tuple[int, int], fits: bool) -> None:
     assert gpu.can_scale(*shape) == fits

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 
+from fusedcomm import GroupCoordinator
 from fusedcomm.comm import process_group
 
 DEVICE = torch.device("cuda", 0)
@@ -50,3 +51,31 @@ def test_close_waits_for_an_abort_that_ends() -> None:
         warnings.simplefilter("error")
         process_group.close(group, DEVICE, is_healthy=False)  # type: ignore[arg-type]
     assert group.aborted.is_set()
+
+
+class Recorded:
+    """Stands for what a group owns; notes when it is closed."""
+
+    def __init__(self, log: list[str], failed: bool) -> None:
+        self.log, self.failed = log, failed
+
+    def has_failed(self) -> bool:
+        return self.failed
+
+    def close(self) -> None:
+        self.log.append("custom")
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_group_lets_nccl_go_before_it_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    """NCCL may wait on the device for a peer that is gone, also where only the device knows of that as yet."""
+    log: list[str] = []
+
+    def close(group: object, device: torch.device, *, is_healthy: bool) -> None:
+        log.append(f"nccl, healthy: {is_healthy}")
+
+    group = GroupCoordinator(device="cpu")
+    monkeypatch.setattr(process_group, "close", close)
+    group._custom, group._group = Recorded(log, failed), object()  # type: ignore[assignment]
+    group.close()
+    assert log == [f"nccl, healthy: {not failed}", "custom"]
