@@ -82,6 +82,20 @@ def only_its_own_memory_is_written(device: str, layout: ScaleLayout, groups: int
         assert bool((codes[-128:] == 0x55).all())
 
 
+def memory_under_columns_is_of_whole_fours_of_rows(device: str, layout: ScaleLayout) -> None:
+    for shape in ((256,), (1, 384), (2, 384), (3, 384), (3, 3, 384), (4, 384)):
+        x, weight = make(1, shape, torch.bfloat16, "ordinary").to(device), torch.ones(shape[-1], device=device)
+        results: list[GroupQuant | AddRMSNormQuant] = [ops.per_group_quant_fp8(x, scale_layout=layout)]
+        for emit in (False, True):
+            results.append(ops.fused_add_rms_norm_quant(x, x, weight, 1e-6, scale_layout=layout, emit_bf16=emit))
+        padded = (x.numel() // shape[-1] + 3) // 4 * 4
+        for got in results:
+            assert got.fp8.shape == x.shape
+            assert got.fp8.is_contiguous()
+            assert got.fp8.untyped_storage().nbytes() == padded * shape[-1]
+            assert got.scale.untyped_storage().nbytes() == 4 * padded * got.scale.shape[-1]
+
+
 def _block(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, layout: ScaleLayout) -> tuple[Any, ...]:
     """All local ops with what surrounds them in a model."""
     norm, residual = ops.fused_add_rms_norm(x * 2, residual, weight, 1e-6)

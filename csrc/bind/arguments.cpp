@@ -57,10 +57,20 @@ Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t* strid
   return Tensor(handle);
 }
 
+// As empty_strided, in memory for this many elements, which are more than the sizes need.
+Tensor empty_with_room(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype,
+                       int64_t elements) {
+  const int64_t one = 1;
+  const Tensor memory = empty_strided(x, &elements, &one, 1, dtype);
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), dim, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
 constexpr int64_t kMaxDim = 64;  // what torch itself allows
 
-// As x, contiguous; the last size and the dtype may differ.
-Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size) {
+// As x, contiguous; the last size and the dtype may differ. Where it has room, rows more fit into its memory behind it.
+Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size, int64_t room = 0) {
   const int64_t dim = x.dim();
   STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "x: expected 1 to 64 dimensions");
   int64_t sizes[kMaxDim], strides[kMaxDim];
@@ -70,7 +80,8 @@ Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size) {
     strides[d] = stride;
     stride *= std::max<int64_t>(sizes[d], 1);
   }
-  return empty_strided(x, sizes, strides, dim, dtype);
+  if (room == 0) return empty_strided(x, sizes, strides, dim, dtype);
+  return empty_with_room(x, sizes, strides, dim, dtype, stride + room * last_size);
 }
 
 void check_group_size(const Shape& shape, int64_t group_size) {
@@ -177,11 +188,20 @@ Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bo
   const Shape shape = shape_of(x);
   check_group_size(shape, group_size);
   const int64_t groups = shape.hidden / group_size;
-  Tensor fp8 = new_like(x, fnuz ? aoti_torch_dtype_float8_e4m3fnuz() : aoti_torch_dtype_float8_e4m3fn(), shape.hidden);
-  if (!column_major && !packed) return {fp8, new_like(x, aoti_torch_dtype_float32(), groups)};
+  const int32_t fp8_dtype = fnuz ? aoti_torch_dtype_float8_e4m3fnuz() : aoti_torch_dtype_float8_e4m3fn();
+  if (!column_major && !packed) {
+    return {new_like(x, fp8_dtype, shape.hidden), new_like(x, aoti_torch_dtype_float32(), groups)};
+  }
+  const int64_t padded = (shape.rows + 3) / 4 * 4;
   const int64_t sizes[] = {shape.rows, packed ? (groups + 3) / 4 : groups};
-  const int64_t strides[] = {1, (shape.rows + 3) / 4 * 4};
-  return {fp8, empty_strided(x, sizes, strides, 2, packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32())};
+  const int64_t strides[] = {1, padded};
+  const int32_t scale_dtype = packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32();
+  // A second tensor over the same memory costs a call of the shim, so only what needs room pays for it.
+  if (padded == shape.rows) {
+    return {new_like(x, fp8_dtype, shape.hidden), empty_strided(x, sizes, strides, 2, scale_dtype)};
+  }
+  return {new_like(x, fp8_dtype, shape.hidden, padded - shape.rows),
+          empty_with_room(x, sizes, strides, 2, scale_dtype, padded * sizes[1])};
 }
 
 }  // namespace fusedcomm

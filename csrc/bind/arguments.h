@@ -39,7 +39,9 @@ struct Quantized {
   Tensor fp8, scale;
 };
 
-// Uninitialised outputs of a quantising operator; the flags are those of ScaleLayout in fusedcomm/ops/types.py.
+// Uninitialised outputs of a quantising operator; the flags are those of ScaleLayout in fusedcomm/ops/types.py. Where
+// scales lie in columns, the memory of both goes on to a multiple of four rows: products (cuBLAS) take them as they
+// are, and nothing has to be copied to pad them.
 Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bool packed, bool fnuz);
 
 // The memory of a norm's tensors, which are checked against x; valid as long as they are.

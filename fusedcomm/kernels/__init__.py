@@ -1,6 +1,6 @@
 """Triton kernels of the local ops: for GPUs where the compiled GPU library is missing.
 
-Importing this package imports no Triton; its modules do.
+Importing this package imports no Triton; its modules with kernels do.
 """
 
 from __future__ import annotations

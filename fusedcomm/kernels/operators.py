@@ -16,8 +16,8 @@ import triton
 
 from fusedcomm import kernels
 from fusedcomm.kernels.norm import rms_norm_kernel, rms_norm_quant_kernel
+from fusedcomm.kernels.outputs import new_quant
 from fusedcomm.kernels.quant import group_quant_kernel
-from fusedcomm.native import empty_quant
 from fusedcomm.platform import device_facts
 
 _MIN_BLOCK = 128
@@ -205,7 +205,7 @@ def fused_add_rms_norm_quant(
     packed: bool,
     fnuz: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    fp8, scale = empty_quant(x, group_size, column_major, packed, fnuz)
+    fp8, scale = new_quant(x, group_size, column_major, packed, fnuz)
     residual_out = torch.empty_like(x)
     fused_add_rms_norm_quant_out(x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, None)
     return fp8, scale, residual_out
@@ -218,6 +218,6 @@ def per_group_quant_fp8_out(x: torch.Tensor, group_size: int, fp8: torch.Tensor,
 def per_group_quant_fp8(
     x: torch.Tensor, group_size: int, column_major: bool, packed: bool, fnuz: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    fp8, scale = empty_quant(x, group_size, column_major, packed, fnuz)
+    fp8, scale = new_quant(x, group_size, column_major, packed, fnuz)
     per_group_quant_fp8_out(x, group_size, fp8, scale)
     return fp8, scale

@@ -2,7 +2,8 @@
 
 cuBLAS wants the scales of x as columns whose length is a multiple of 4: the library's column-major layout, so
 ``(fp8, scale)`` of a multiple of 4 rows goes in as it is. Other numbers of rows are padded, which is free where the
-memory behind the tensors has room, and two small copies where it has not.
+memory behind the tensors has room, as it has behind what the library's own ops quantise, and two small copies where it
+has not.
 """
 
 from __future__ import annotations
@@ -99,12 +100,16 @@ def padded_rows(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 def _grown(t: torch.Tensor, size: tuple[int, int], stride: tuple[int, int]) -> torch.Tensor:
-    """A view of t's memory with this size and these strides, which agree with t's own; a copy where it ends before."""
+    """A view of t's memory with this size and these strides, which agree with t's own; a copy where it ends before.
+
+    Under torch.compile a copy always: where a tensor's memory ends cannot be traced.
+    """
     if tuple(t.shape) == size and t.stride() == stride:
         return t
-    end = t.storage_offset() + (size[0] - 1) * stride[0] + (size[1] - 1) * stride[1] + 1
-    if end * t.element_size() <= t.untyped_storage().nbytes():
-        return t.as_strided(size, stride)
+    if not torch.compiler.is_compiling():
+        end = t.storage_offset() + (size[0] - 1) * stride[0] + (size[1] - 1) * stride[1] + 1
+        if end * t.element_size() <= t.untyped_storage().nbytes():
+            return t.as_strided(size, stride)
     grown = t.new_empty_strided(size, stride)
     grown[: t.shape[0]].copy_(t)
     return grown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fusedcomm.native import empty_quant
+from fusedcomm.kernels.outputs import new_quant
 from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_norm, check_out, check_scale_layout
 from fusedcomm.ops.dispatch import local_operators
 from fusedcomm.ops.operators import Operators
@@ -165,7 +165,7 @@ def run_add_rms_norm_quant(
         )
         return AddRMSNormQuant(fp8, scale, residual_out, None, scale_layout)
     if out is None:
-        fp8, scale = empty_quant(x, group_size, *flags)
+        fp8, scale = new_quant(x, group_size, *flags)
         out = AddRMSNormQuant(fp8, scale, torch.empty_like(x), torch.empty_like(x), scale_layout)
     operators.fused_add_rms_norm_quant_out(
         x, residual, weight, eps, weight_bias, group_size, out.fp8, out.scale, out.residual, out.norm

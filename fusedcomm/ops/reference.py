@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from fusedcomm.kernels.outputs import new_quant
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
 
 MIN_AMAX = 1e-10
@@ -62,17 +63,18 @@ def per_group_quant_fp8(
     groups = x.float().unflatten(-1, (-1, group_size))
     amax = groups.abs().amax(-1)
     scale = _divide(torch.where(amax < MIN_AMAX, MIN_AMAX, amax), fp8_max)
+    stored = scale
     if scale_layout is ScaleLayout.UE8M0_PACKED:
         exponent = ((scale.view(torch.int32) + 0x7FFFFF) >> 23).clamp(min=0, max=255)
         exponent = torch.where(scale.isnan(), 255, exponent)
         scale = torch.where(exponent == 255, torch.nan, (exponent << 23).to(torch.int32).view(torch.float32))
-        out_scale = _pack_exponents(exponent)
-    elif scale_layout is ScaleLayout.COLUMN_MAJOR:
-        out_scale = column_major(scale.reshape(-1, scale.shape[-1]))
-    else:
-        out_scale = scale
-    q = (groups / scale.unsqueeze(-1)).clamp(-fp8_max, fp8_max).to(fp8_dtype)
-    return GroupQuant(q.flatten(-2), out_scale, scale_layout)
+        stored = _pack_exponents(exponent)
+    q = (groups / scale.unsqueeze(-1)).clamp(-fp8_max, fp8_max).flatten(-2)
+    if scale_layout is ScaleLayout.ROW_MAJOR:
+        return GroupQuant(q.to(fp8_dtype), stored, scale_layout)
+    packed, fnuz = scale_layout is ScaleLayout.UE8M0_PACKED, fp8_dtype is torch.float8_e4m3fnuz
+    fp8, columns = new_quant(x, group_size, not packed, packed, fnuz)
+    return GroupQuant(fp8.copy_(q), columns.copy_(stored.reshape(columns.shape)), scale_layout)
 
 
 def fused_add_rms_norm_quant(
@@ -100,13 +102,7 @@ def _divide(x: torch.Tensor, by: float) -> torch.Tensor:
     return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
-def column_major(scale: torch.Tensor) -> torch.Tensor:
-    """A copy of ``[T, N]`` with strides ``(1, round_up(T, 4))``."""
-    rows, columns = scale.shape
-    return scale.new_empty_strided((rows, columns), (1, (rows + 3) // 4 * 4)).copy_(scale)
-
-
 def _pack_exponents(exponent: torch.Tensor) -> torch.Tensor:
     e = exponent.reshape(-1, exponent.shape[-1]).to(torch.uint8)
     e = torch.nn.functional.pad(e, (0, -e.shape[-1] % 4))
-    return column_major(e.contiguous().view(torch.int32))
+    return e.contiguous().view(torch.int32)

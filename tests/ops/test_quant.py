@@ -218,6 +218,41 @@ def test_where_the_scales_lie(rows: int, groups: int, layout: ScaleLayout) -> No
 
 
 @pytest.mark.parametrize("module", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", [ScaleLayout.COLUMN_MAJOR, ScaleLayout.UE8M0_PACKED])
+@pytest.mark.parametrize("shape", [(256,), (1, 128), (1, 768), (2, 768), (3, 768), (2, 2, 768), (5, 768), (16, 768)])
+def test_memory_under_columns_is_of_whole_fours_of_rows(
+    module: Any, layout: ScaleLayout, shape: tuple[int, ...]
+) -> None:
+    """Products on GPUs take rows in fours: those beyond the last are memory of the same tensor."""
+    x, weight = make(1, shape, torch.bfloat16, "ordinary"), torch.ones(shape[-1])
+    norm = module.fused_add_rms_norm(x, x, weight, 1e-6).norm
+    alone = module.per_group_quant_fp8(norm, scale_layout=layout)
+    fused = [
+        module.fused_add_rms_norm_quant(x, x, weight, 1e-6, scale_layout=layout, emit_bf16=emit)
+        for emit in (False, True)
+    ]
+    for got in (alone, *fused):
+        check(got, spec.widen(norm), 128, torch.float8_e4m3fn, layout)
+        check_room(got.fp8, got.scale)
+
+
+def check_room(fp8: torch.Tensor, scale: torch.Tensor) -> None:
+    """Both begin their memory, which goes on to a multiple of four rows and not further."""
+    padded = (fp8.numel() // fp8.shape[-1] + 3) // 4 * 4
+    assert fp8.is_contiguous()
+    assert (fp8.storage_offset(), scale.storage_offset()) == (0, 0)
+    assert fp8.untyped_storage().nbytes() == padded * fp8.shape[-1]
+    assert scale.untyped_storage().nbytes() == 4 * padded * scale.shape[-1]
+
+
+@pytest.mark.parametrize("module", IMPLEMENTATIONS)
+def test_row_major_results_have_no_memory_to_spare(module: Any) -> None:
+    got = module.per_group_quant_fp8(make(1, (3, 256), torch.bfloat16, "ordinary"))
+    assert got.fp8.untyped_storage().nbytes() == 3 * 256
+    assert got.scale.untyped_storage().nbytes() == 3 * 2 * 4
+
+
+@pytest.mark.parametrize("module", IMPLEMENTATIONS)
 @pytest.mark.parametrize("fp8", FP8_DTYPES)
 def test_scales_of_special_groups(module: Any, fp8: torch.dtype) -> None:
     limit = spec.FP8_MAX[fp8]

@@ -230,6 +230,11 @@ def test_only_its_own_memory_is_written(triton_ops: TritonOps, layout: ScaleLayo
     triton_ops.run(bodies.only_its_own_memory_is_written, layout, groups)
 
 
+@pytest.mark.parametrize("layout", [ScaleLayout.COLUMN_MAJOR, ScaleLayout.UE8M0_PACKED])
+def test_memory_under_columns_is_of_whole_fours_of_rows(triton_ops: TritonOps, layout: ScaleLayout) -> None:
+    triton_ops.run(bodies.memory_under_columns_is_of_whole_fours_of_rows, layout)
+
+
 def test_strided_inputs(triton_ops: TritonOps) -> None:
     x, weight = make(1, (6, 5, 64), torch.bfloat16, "ordinary"), make(2, (64, 2), torch.bfloat16, "ordinary")[:, 1]
     view = x.transpose(0, 1)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from fusedcomm import ScaleLayout, ops, platform
+from fusedcomm.layers import BlockFP8Linear, RMSNorm
 from fusedcomm.layers import fp8_matmul_gpu as gpu
+from fusedcomm.layers.activation import Fp8Activation, HiddenStates
 from fusedcomm.layers.fp8_matmul import block_fp8_matmul, decode_weight
 from fusedcomm.models.tiny import quantize_blocks
+from fusedcomm.ops import dispatch
 
 
 def quantized(tokens: int, columns: int, layout: ScaleLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,10 +33,68 @@ def test_rows_are_padded_to_a_multiple_of_four(tokens: int, columns: int, layout
     assert (scales.shape, scales.stride()) == ((rows, columns // 128), (1, rows))
     assert torch.equal(x[:tokens].float(), fp8.float())
     assert torch.equal(scales[:tokens], scale)
-    if tokens % 4 == 0:
+    if tokens % 4 == 0 or layout is ScaleLayout.COLUMN_MAJOR:
         assert x.data_ptr() == fp8.data_ptr()
-    if tokens % 4 == 0 and layout is ScaleLayout.COLUMN_MAJOR:
+    if layout is ScaleLayout.COLUMN_MAJOR:
         assert scales.data_ptr() == scale.data_ptr(), "goes in without conversion"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5])
+def test_memory_that_ends_with_the_rows_is_copied(tokens: int) -> None:
+    """What another library quantised."""
+    fp8, scale = (t.clone() for t in quantized(tokens, 384, ScaleLayout.COLUMN_MAJOR))
+    assert scale.untyped_storage().nbytes() < 4 * 3 * ((tokens + 3) // 4 * 4)
+    x, scales = gpu.padded_rows(fp8, scale)
+    rows = (tokens + 3) // 4 * 4
+    assert (x.shape, scales.shape, scales.stride()) == ((rows, 384), (rows, 3), (1, rows))
+    assert x.data_ptr() != fp8.data_ptr()
+    assert scales.data_ptr() != scale.data_ptr()
+    assert torch.equal(x[:tokens].float(), fp8.float())
+    assert torch.equal(scales[:tokens], scale)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("columns", [128, 384])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16])
+def test_a_linear_multiplies_the_memory_that_the_ops_wrote(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, columns: int, backend: str
+) -> None:
+    """From rows of the model's dtype, from a norm's result and from that of a norm that keeps its rows: no copy."""
+    monkeypatch.setenv("FUSEDCOMM_BACKEND", backend)
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    multiplied: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def product(self: BlockFP8Linear, rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        multiplied.append(gpu.padded_rows(rows, scales))
+        return rows.new_empty((rows.shape[0], self.out_features), dtype=self.dtype)
+
+    written: list[tuple[torch.Tensor, torch.Tensor]] = []
+    quantise = ops.per_group_quant_fp8
+
+    def seen(*args: Any, **options: Any) -> ops.GroupQuant:
+        quant = quantise(*args, **options)
+        written.append((quant.fp8, quant.scale))
+        return quant
+
+    monkeypatch.setattr(BlockFP8Linear, "_product", product)
+    monkeypatch.setattr(ops, "per_group_quant_fp8", seen)
+    monkeypatch.setattr(gpu, "scale_layout_of", lambda device: ScaleLayout.COLUMN_MAJOR)
+    x = torch.randn(1, tokens, columns, dtype=torch.bfloat16)  # as models have it: [B, S, H]
+    norm, linear = RMSNorm(columns, dtype=torch.bfloat16), BlockFP8Linear(columns, 128)
+    inputs: list[HiddenStates] = [x]
+    for keep_bf16 in (False, True):
+        got = norm.forward_quant_per_group(x, x, keep_bf16=keep_bf16, scale_layout=ScaleLayout.COLUMN_MAJOR)
+        assert not isinstance(got.hidden_states, torch.Tensor)
+        pair = got.hidden_states if isinstance(got.hidden_states, Fp8Activation) else got.hidden_states.quantized
+        written.append((pair.fp8, pair.scale))
+        inputs.append(got.hidden_states)
+    for one in (*inputs[1:], inputs[0]):
+        assert linear(one).shape == (1, tokens, 128)
+    padded = (tokens + 3) // 4 * 4
+    for (fp8, scale), (rows, scales) in zip(written, multiplied, strict=True):
+        assert (rows.data_ptr(), scales.data_ptr()) == (fp8.data_ptr(), scale.data_ptr())
+        assert (rows.shape, rows.stride()) == ((padded, columns), (columns, 1))
+        assert (scales.shape, scales.stride()) == ((padded, columns // 128), (1, padded))
 
 
 def test_memory_with_room_behind_the_rows_is_not_copied() -> None:
@@ -40,6 +103,18 @@ def test_memory_with_room_behind_the_rows_is_not_copied() -> None:
     x, scales = gpu.padded_rows(fp8, scale)
     assert (x.data_ptr(), scales.data_ptr()) == (fp8.data_ptr(), scale.data_ptr())
     assert (x.shape, scales.shape) == ((4, 256), (4, 2))
+
+
+def test_padding_is_compiled_without_graph_breaks() -> None:
+    """The same code serves tensors whose memory has room and those whose memory ends with their rows."""
+    torch._dynamo.reset()
+    compiled = torch.compile(gpu.padded_rows, backend="aot_eager", fullgraph=True)
+    fp8, scale = quantized(3, 384, ScaleLayout.COLUMN_MAJOR)
+    for values, scales in ((fp8, scale), (fp8.clone(), scale.clone())):
+        x, columns = compiled(values, scales)
+        assert (x.shape, columns.shape, columns.stride()) == ((4, 384), (4, 3), (1, 4))
+        assert torch.equal(x[:3].float(), fp8.float())
+        assert torch.equal(columns[:3], scale)
 
 
 @pytest.mark.parametrize("blocks", [1, 3, 4, 5])

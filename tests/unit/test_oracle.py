@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedcomm import ScaleLayout
-from fusedcomm.ops import reference
 
 
 @given(norm_recipes())
@@ -51,7 +50,9 @@ def test_quantisation(
     want = spec.quantise(spec.widen(y), group_size, fp8, ue8m0=layout is ScaleLayout.UE8M0_PACKED)
     spec.assert_codes(got["fp8"], want.codes)
     # as a tensor of the layout's strides, which is what the check of the specification looks at
-    scale = got["scale"] if layout is ScaleLayout.ROW_MAJOR else reference.column_major(got["scale"])
+    scale = got["scale"]
+    if layout is not ScaleLayout.ROW_MAJOR:
+        scale = torch.empty_strided(scale.shape, (1, (len(scale) + 3) // 4 * 4), dtype=scale.dtype).copy_(scale)
     spec.assert_scale(scale, want, layout.value)
 
 
