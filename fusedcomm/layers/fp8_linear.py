@@ -94,7 +94,7 @@ class BlockFP8Linear(nn.Module):
                 scale_layout=fp8_matmul_gpu.scale_layout_of(x.device),
                 fp8_dtype=platform.fp8_dtype(x.device),
             )
-            return fp8[..., : self.in_features], scale, layout
+            return fp8[..., : self.in_features] if padding else fp8, scale, layout
         if isinstance(x, NormFp8Activation):
             x = x.quantized
         layout = x.scale_layout if isinstance(x, Fp8Activation) else ScaleLayout.ROW_MAJOR
