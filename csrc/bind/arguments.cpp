@@ -3,8 +3,6 @@
 #include "bind/arguments.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
@@ -12,40 +10,47 @@
 
 namespace fusedcomm {
 
-using torch::headeronly::ScalarType;
+View::View(const Tensor& t) : data(t.const_data_ptr()) {
+  const AtenTensorHandle handle = t.get();
+  int64_t *sizes_of = nullptr, *strides_of = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_of));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides_of));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &is_contiguous));
+  sizes = sizes_of;
+  strides = strides_of;
+}
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    case ScalarType::Float:
-      return DType::kFloat;
-    default:
-      STD_TORCH_CHECK(false, "dtype: expected bfloat16, float16 or float32");
-  }
+Result::Result(const Tensor& t) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &handle));
+  handle_.reset(handle);
+}
+
+void* Result::data() const {
+  void* data = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
+  return data;
+}
+
+DType dtype_of(const View& t) {
+  if (t.dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
+  if (t.dtype == aoti_torch_dtype_float16()) return DType::kHalf;
+  STD_TORCH_CHECK(t.dtype == aoti_torch_dtype_float32(), "dtype: expected bfloat16, float16 or float32");
   return DType::kFloat;
 }
 
 namespace {
 
-bool same_shape(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != b.size(d)) return false;
-  }
-  return true;
+bool same_shape(const View& a, const View& b) {
+  return a.dim == b.dim && std::equal(a.sizes, a.sizes + a.dim, b.sizes);
 }
 
-bool same_device(const Tensor& a, const Tensor& b) {
-  int32_t types[2] = {}, indices[2] = {};
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &types[0]));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &types[1]));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(a.get(), &indices[0]));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(b.get(), &indices[1]));
-  return types[0] == types[1] && indices[0] == indices[1];
-}
+bool same_device(const View& a, const View& b) { return a.device_type == b.device_type && a.device == b.device; }
 
 // Uninitialised, of these sizes, on x's device; strides are in elements.
 Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
@@ -92,74 +97,72 @@ void check_group_size(const Shape& shape, int64_t group_size) {
 
 }  // namespace
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-std::optional<Tensor> dense(const std::optional<Tensor>& t) { return t ? std::optional<Tensor>(dense(*t)) : t; }
-
-void check_like(const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(same_device(t, x) && t.is_contiguous() && t.scalar_type() == x.scalar_type() && same_shape(t, x),
-                  name, ": expected a contiguous tensor like x");
+void check_like(const char* name, const View& t, const View& x) {
+  STD_TORCH_CHECK(same_device(t, x) && t.is_contiguous && t.dtype == x.dtype && same_shape(t, x), name,
+                  ": expected a contiguous tensor like x");
 }
 
-Tensor new_like(const Tensor& x) {
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  return new_like(x, dtype, x.dim() == 0 ? 0 : x.size(x.dim() - 1));
+Result new_like(const View& x) {
+  STD_TORCH_CHECK(x.dim >= 1 && x.dim <= kMaxDim, "x: expected 1 to 64 dimensions");
+  int64_t strides[kMaxDim];
+  int64_t stride = 1;
+  for (int64_t d = x.dim - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(x.sizes[d], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim, x.sizes, strides, x.dtype, x.device_type, x.device, &handle));
+  return Result(handle);
 }
 
-void check_overlap(const char* name, const Tensor& t, const Tensor& x) {
-  const char* const a = static_cast<const char*>(t.const_data_ptr());
-  const char* const b = static_cast<const char*>(x.const_data_ptr());
-  const int64_t bytes = x.numel() * int64_t(x.element_size());
+void check_overlap(const char* name, const View& t, const View& x) {
+  const char* const a = static_cast<const char*>(t.data);
+  const char* const b = static_cast<const char*>(x.data);
+  const int64_t bytes = x.numel * element_bytes(dtype_of(x));
   STD_TORCH_CHECK(a == b || a + bytes <= b || b + bytes <= a, name, ": expected x itself, or memory apart from it");
 }
 
-Shape shape_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.is_contiguous() && x.dim() >= 1, "x: expected a contiguous tensor [..., H]");
-  const int64_t hidden = x.size(x.dim() - 1);
-  return {hidden == 0 ? 0 : x.numel() / hidden, hidden};
+Shape shape_of(const View& x) {
+  STD_TORCH_CHECK(x.is_contiguous && x.dim >= 1, "x: expected a contiguous tensor [..., H]");
+  const int64_t hidden = x.sizes[x.dim - 1];
+  return {hidden == 0 ? 0 : x.numel / hidden, hidden};
 }
 
-NormTensors norm_tensors(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, double eps,
-                         double weight_bias, const std::optional<Tensor>& norm,
-                         const std::optional<Tensor>& residual_out) {
+NormTensors norm_tensors(const View& x, const View* residual, const View& weight, double eps, double weight_bias) {
   NormTensors t;
   t.shape = shape_of(x);
   STD_TORCH_CHECK(t.shape.hidden >= 1 && t.shape.hidden <= kMaxNormHidden, "x: expected H between 1 and 32768");
-  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type() || weight.scalar_type() == ScalarType::Float,
+  STD_TORCH_CHECK(weight.dtype == x.dtype || weight.dtype == aoti_torch_dtype_float32(),
                   "weight: expected the dtype of x or float32");
   STD_TORCH_CHECK(
-      same_device(weight, x) && weight.is_contiguous() && weight.dim() == 1 && weight.size(0) == t.shape.hidden,
+      same_device(weight, x) && weight.is_contiguous && weight.dim == 1 && weight.sizes[0] == t.shape.hidden,
       "weight: expected [H]");
   STD_TORCH_CHECK(std::isfinite(eps) && eps >= 0.0 && std::isfinite(weight_bias), "eps: expected a number >= 0");
-  if (residual) {
+  if (residual != nullptr) {
     check_like("residual", *residual, x);
-    t.residual = residual->const_data_ptr();
+    t.residual = residual->data;
   }
-  if (residual_out) {
-    check_like("residual_out", *residual_out, x);
-    t.residual_out = residual_out->mutable_data_ptr();
-  }
-  if (norm) {
-    check_like("norm", *norm, x);
-    t.norm = norm->mutable_data_ptr();
-  }
-  t.weight = weight.const_data_ptr();
+  t.weight = weight.data;
   t.weight_dtype = dtype_of(weight);
+  t.weight_bias = weight_bias;
+  t.eps = eps;
   return t;
 }
 
-QuantTarget quant_target(const Tensor& x, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
+QuantTarget quant_target(const View& x, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
+  const View fp8_view(fp8), scale_view(scale);
   const Shape shape = shape_of(x);
   check_group_size(shape, group_size);
-  STD_TORCH_CHECK(same_device(fp8, x) && fp8.is_contiguous() && fp8.numel() == shape.rows * shape.hidden,
+  STD_TORCH_CHECK(same_device(fp8_view, x) && fp8_view.is_contiguous && fp8_view.numel == shape.rows * shape.hidden,
                   "fp8: expected a contiguous tensor of x's shape");
-  const bool packed = scale.scalar_type() == ScalarType::Int;
+  const bool packed = scale_view.dtype == aoti_torch_dtype_int32();
   const int64_t groups = shape.hidden / group_size;
   const int64_t columns = packed ? (groups + 3) / 4 : groups;
-  STD_TORCH_CHECK(same_device(scale, x) && (packed || scale.scalar_type() == ScalarType::Float) && scale.dim() >= 1 &&
-                      scale.numel() == shape.rows * columns && scale.size(scale.dim() - 1) == columns,
+  const int64_t last = scale_view.dim - 1;
+  STD_TORCH_CHECK(same_device(scale_view, x) && (packed || scale_view.dtype == aoti_torch_dtype_float32()) &&
+                      last >= 0 && scale_view.numel == shape.rows * columns && scale_view.sizes[last] == columns,
                   "scale: expected one fp32 value a group, or one int32 word for four");
+  STD_TORCH_CHECK(last <= 1 || scale_view.is_contiguous, "scale: expected [T, G] or a contiguous [..., G]");
   QuantTarget target;
   target.fp8 = static_cast<uint8_t*>(fp8.mutable_data_ptr());
   if (packed) {
@@ -167,19 +170,15 @@ QuantTarget quant_target(const Tensor& x, int64_t group_size, const Tensor& fp8,
   } else {
     target.scale = static_cast<float*>(scale.mutable_data_ptr());
   }
-  target.group_stride = scale.stride(scale.dim() - 1);
-  target.row_stride = scale.dim() == 1 ? 0 : scale.stride(scale.dim() - 2);
-  STD_TORCH_CHECK(scale.dim() <= 2 || scale.is_contiguous(), "scale: expected [T, G] or a contiguous [..., G]");
+  target.group_stride = scale_view.strides[last];
+  target.row_stride = last == 0 ? 0 : scale_view.strides[last - 1];
   target.group_size = group_size;
-  switch (fp8.scalar_type()) {
-    case ScalarType::Float8_e4m3fn:
-      target.format = Fp8Format::kE4M3fn;
-      break;
-    case ScalarType::Float8_e4m3fnuz:
-      target.format = Fp8Format::kE4M3fnuz;
-      break;
-    default:
-      STD_TORCH_CHECK(false, "fp8: expected float8_e4m3fn or float8_e4m3fnuz");
+  if (fp8_view.dtype == aoti_torch_dtype_float8_e4m3fn()) {
+    target.format = Fp8Format::kE4M3fn;
+  } else {
+    STD_TORCH_CHECK(fp8_view.dtype == aoti_torch_dtype_float8_e4m3fnuz(),
+                    "fp8: expected float8_e4m3fn or float8_e4m3fnuz");
+    target.format = Fp8Format::kE4M3fnuz;
   }
   return target;
 }

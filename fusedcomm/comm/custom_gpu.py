@@ -16,7 +16,6 @@ from fusedcomm.comm.streams import StreamOrder
 from fusedcomm.comm.symmetric_buffer import Exchange, SetupError
 from fusedcomm.comm.tuning import GpuTuning
 from fusedcomm.native import ERROR_BYTES, GpuConfig, GpuTraceRecord, Native, NativeGpu, error_text
-from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 _MAX_TRACE_RECORDS = 4096
 _OPS = {1: "all_reduce", 2: "allreduce_rmsnorm", 3: "allreduce_rmsnorm_quant"}
@@ -84,13 +83,12 @@ class GpuCustomAllReduce(NativeCollectives):
             error,
         )
         problem = "" if handle else f"cannot make the communicator: {error_text(error)}"
-        super().__init__(gpu, handle)
+        super().__init__(gpu, handle, StreamOrder(device.index).before_call)
         self._release = weakref.finalize(self, _release, gpu, handle, buffer)
         # Not when the interpreter exits: CUDA may be gone by then. The driver frees everything, and peers see that the
         # process is gone.
         self._release.atexit = False
         self._rank = rank
-        self._order = StreamOrder(device.index)
         try:
             for r, data in enumerate(exchange(problem.encode()[:ERROR_BYTES].ljust(ERROR_BYTES, b"\0"))):
                 if text := data.rstrip(b"\0").decode(errors="replace"):
@@ -98,37 +96,6 @@ class GpuCustomAllReduce(NativeCollectives):
         except BaseException:
             self.close()
             raise
-
-    def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        self._order.before_call(x)
-        return super().all_reduce(x, out)
-
-    def allreduce_rmsnorm(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_bias: float,
-    ) -> AddRMSNorm:
-        self._order.before_call(x)
-        return super().allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
-
-    def allreduce_rmsnorm_quant(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        weight_bias: float,
-        group_size: int,
-        emit_norm: bool,
-        scale_layout: ScaleLayout,
-    ) -> AddRMSNormQuant:
-        self._order.before_call(x)
-        return super().allreduce_rmsnorm_quant(
-            x, residual, weight, eps, weight_bias, group_size, emit_norm, scale_layout
-        )
 
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """Part ``rank`` of the sum over ranks of x ``[world_size, ...]`` into out, to the bit that of all_reduce."""

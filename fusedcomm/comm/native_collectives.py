@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import ctypes
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,26 @@ FAILURES: dict[int, type[errors.GroupBrokenError]] = {
 # column_major, packed: as the native operators take a layout
 _LAYOUT_FLAGS = {layout: layout_flags(layout)[:2] for layout in ScaleLayout}
 
+_ROW_MAJOR = ScaleLayout.ROW_MAJOR
+_MAX_NORM_CALLS = 1024
+
+_new: Callable[..., Any] = tuple.__new__
+"""Makes a NamedTuple from a tuple, in half the time that its class takes."""
+
+
+class NormCall(ctypes.Structure):
+    """``NormCall`` of csrc/bind/norm_call.h: what stays the same from call to call of a fused collective."""
+
+    _fields_ = [
+        ("comm", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        ("weight_bias", ctypes.c_double),
+        ("group_size", ctypes.c_int64),
+        ("emit_norm", ctypes.c_int64),
+        ("column_major", ctypes.c_int64),
+        ("packed", ctypes.c_int64),
+    ]
+
 
 class NativeCollectives(abc.ABC):
     """One rank's end of the native collectives; a subclass sets up and owns the memory that they work in.
@@ -37,10 +58,16 @@ class NativeCollectives(abc.ABC):
 
     _release: weakref.finalize[..., Any]
 
-    def __init__(self, native: NativeLibrary, handle: int) -> None:
-        """``native`` made the communicator ``handle``. The operators are the same for CPU and GPU tensors."""
+    def __init__(self, native: NativeLibrary, handle: int, before_call: Callable[[], None] | None = None) -> None:
+        """``native`` made the communicator ``handle``. The operators are the same for CPU and GPU tensors.
+
+        ``before_call`` is called before every all-reduce, plain or fused.
+        """
         self._native = native
         self._handle = handle
+        self._before_call = before_call
+        self._norm_calls: dict[tuple[object, ...], int] = {}
+        self._kept: list[NormCall] = []  # what the addresses in _norm_calls are those of
         self._comm_all_reduce = native.operator("comm_all_reduce")
         self._comm_all_reduce_out = native.operator("comm_all_reduce_out")
         self._comm_allreduce_rmsnorm = native.operator("comm_allreduce_rmsnorm")
@@ -50,14 +77,17 @@ class NativeCollectives(abc.ABC):
 
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum over ranks of x ``[...]``, into out if given."""
-        handle, again = self._handle, self._comm_all_reduce_out
-        if out is not None:
-            self._complete(again, x, out)
-            return out
+        handle = self._handle
+        if (before_call := self._before_call) is not None:
+            before_call()
         try:
-            out, done = self._comm_all_reduce(handle, x)
-            while not done:
-                done = again(handle, x, out)
+            if out is None:
+                out, done = self._comm_all_reduce(handle, x)
+                if done:
+                    return out
+            # False after a while asleep: Python's signal handlers run here, between two calls.
+            while not self._comm_all_reduce_out(handle, x, out):
+                pass
             return out
         except BaseException as error:
             raise self._translate(error) from None
@@ -71,14 +101,16 @@ class NativeCollectives(abc.ABC):
         weight_bias: float,
     ) -> AddRMSNorm:
         """All-reduce + add + RMSNorm in one launch."""
-        handle = self._handle
+        key = (eps, weight_bias, 0, False, _ROW_MAJOR)
+        call = self._norm_calls.get(key) or self._prepare(*key)
+        if (before_call := self._before_call) is not None:
+            before_call()
         try:
-            norm, residual_out, done = self._comm_allreduce_rmsnorm(handle, x, residual, weight, eps, weight_bias)
+            norm, residual_out, done = self._comm_allreduce_rmsnorm(call, x, residual, weight)
             while not done:
-                done = self._comm_allreduce_rmsnorm_out(
-                    handle, x, residual, weight, eps, weight_bias, norm, residual_out
-                )
-            return AddRMSNorm(norm, residual_out)
+                done = self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out)
+            result: AddRMSNorm = _new(AddRMSNorm, (norm, residual_out))
+            return result
         except BaseException as error:
             raise self._translate(error) from None
 
@@ -94,26 +126,34 @@ class NativeCollectives(abc.ABC):
         scale_layout: ScaleLayout,
     ) -> AddRMSNormQuant:
         """All-reduce + add + RMSNorm + per-group quantisation in one launch."""
-        handle = self._handle
+        key = (eps, weight_bias, group_size, emit_norm, scale_layout)
+        call = self._norm_calls.get(key) or self._prepare(*key)
+        if (before_call := self._before_call) is not None:
+            before_call()
         try:
-            fp8, scale, residual_out, norm, done = self._comm_allreduce_rmsnorm_quant(
-                handle,
-                x,
-                residual,
-                weight,
-                eps,
-                weight_bias,
-                group_size,
-                emit_norm,
-                *_LAYOUT_FLAGS[scale_layout],
-            )
+            fp8, scale, residual_out, norm, done = self._comm_allreduce_rmsnorm_quant(call, x, residual, weight)
             while not done:
-                done = self._comm_allreduce_rmsnorm_quant_out(
-                    handle, x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, norm
-                )
-            return AddRMSNormQuant(fp8, scale, residual_out, norm, scale_layout)
+                done = self._comm_allreduce_rmsnorm_quant_out(call, x, residual, weight, fp8, scale, residual_out, norm)
+            result: AddRMSNormQuant = _new(AddRMSNormQuant, (fp8, scale, residual_out, norm, scale_layout))
+            return result
         except BaseException as error:
             raise self._translate(error) from None
+
+    def _prepare(
+        self, eps: float, weight_bias: float, group_size: int, emit_norm: bool, scale_layout: ScaleLayout
+    ) -> int:
+        """The address of a NormCall, which is kept."""
+        # A tensor is a number as well: it is looked at now, and never found again.
+        key = (float(eps), float(weight_bias), operator.index(group_size), bool(emit_norm), scale_layout)
+        if address := self._norm_calls.get(key):
+            return address
+        if len(self._kept) >= _MAX_NORM_CALLS:
+            self._norm_calls.clear()
+            self._kept.clear()
+        call = NormCall(self._handle, *key[:4], *_LAYOUT_FLAGS[scale_layout])
+        self._kept.append(call)
+        address = self._norm_calls[key] = ctypes.addressof(call)
+        return address
 
     @abc.abstractmethod
     def reduce_scatter(self, x: torch.Tensor, out: torch.Tensor) -> None:

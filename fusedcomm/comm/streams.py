@@ -33,18 +33,15 @@ class StreamOrder:
         self._fast: int | None = self._last
         """The stream on which the next call needs no look; None while a capture uses several streams."""
 
-    def before_call(self, x: torch.Tensor) -> None:
+    def before_call(self) -> None:
         """Called before every launch on the current stream.
 
         Raises:
-            ValueError: x is not on a GPU: its operators would take the communicator for one of the CPU.
             RuntimeError: a capture is going on in the stream of the last call, and this call is outside of it.
         """
         stream = self._current(self._device)
         if stream != self._fast:
             self._switch(stream)
-        if not x.is_cuda:
-            raise ValueError(f"x: expected a tensor on cuda:{self._device}, got {x.device}")
 
     def _switch(self, stream: int) -> None:
         if not self._is_capturing(stream):

@@ -19,6 +19,9 @@ class ScaleLayout(Enum):
     """int32 ``[T, ceil(G / 4)]`` with strides ``(1, round_up(T, 4))``; byte j of word w is the biased exponent of
     group 4w + j, the scale rounded up to a power of two: DeepGEMM's packed form."""
 
+    # There is one object a layout. Enum's own is a function in Python, on the path of every fused collective.
+    __hash__ = object.__hash__
+
 
 class AddRMSNorm(NamedTuple):
     """The normed rows and the residual they were made from."""

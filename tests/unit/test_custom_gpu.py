@@ -15,10 +15,11 @@ from fusedcomm.comm.custom_gpu import GpuCustomAllReduce, TraceRecord
 from fusedcomm.comm.symmetric_buffer import SetupError
 from fusedcomm.comm.tuning import GpuTuning
 from fusedcomm.native import GpuDeviceFacts, GpuTraceRecord
+from fusedcomm.ops.types import ScaleLayout
 
 
 class PretendedLibrary(PretendedGpu):
-    """With communicators: handle h is that of rank h - 1."""
+    """With communicators: handle 2r + 1 is that of rank r."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,8 +37,11 @@ class PretendedLibrary(PretendedGpu):
         if self.fails("create", c.device):
             error.value = b"no thread"
             return 0
-        self.configs[c.rank + 1] = {name: getattr(c, name) for name, _ in c._fields_}
-        return int(c.rank) + 1
+        self.configs[2 * c.rank + 1] = {name: getattr(c, name) for name, _ in c._fields_}
+        return 2 * int(c.rank) + 1
+
+    def comm_in_call(self, handle: int) -> int:
+        return 0
 
     def comm_close(self, handle: int) -> None:
         del self.configs[handle]
@@ -85,7 +89,7 @@ def create(library: PretendedLibrary, world: int = 2) -> list[Any]:
 
 def test_every_rank_gets_its_communicator(library: PretendedLibrary) -> None:
     made = create(library)
-    assert library.configs[2] == {
+    assert library.configs[3] == {
         "rank": 1,
         "world_size": 2,
         "device": 1,
@@ -128,16 +132,40 @@ def test_trace_names_what_it_can(library: PretendedLibrary) -> None:
         custom.close()
 
 
-def test_a_tensor_on_the_cpu_never_reaches_the_operators(library: PretendedLibrary) -> None:
-    """They would take the GPU's communicator for one of the CPU."""
+def test_a_tensor_on_the_cpu_is_refused(library: PretendedLibrary) -> None:
+    """Its operators are those of the CPU, which know the handle of a GPU's communicator."""
     made = create(library)
     x = torch.zeros(2, 8)
     for call in (
         lambda: made[0].all_reduce(x),
+        lambda: made[0].all_reduce(x, torch.empty_like(x)),
         lambda: made[0].allreduce_rmsnorm(x, None, x[0], 1e-6, 0.0),
     ):
-        with pytest.raises(ValueError, match="x: expected a tensor on cuda:0, got cpu"):
+        with pytest.raises(RuntimeError, match="x: expected a tensor on the device of the group"):
             call()
+    for custom in made:
+        custom.close()
+
+
+def test_every_call_meets_the_order_of_streams(library: PretendedLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+
+    def current(device: int) -> int:
+        looks.append(device)
+        return 0
+
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
+    made = create(library)
+    x = torch.zeros(2, 128)
+    for call in (
+        lambda: made[0].all_reduce(x),
+        lambda: made[0].allreduce_rmsnorm(x, None, x[0], 1e-6, 0.0),
+        lambda: made[0].allreduce_rmsnorm_quant(x, None, x[0], 1e-6, 0.0, 128, False, ScaleLayout.ROW_MAJOR),
+    ):
+        looks.clear()
+        with pytest.raises(RuntimeError):
+            call()
+        assert looks == [0]
     for custom in made:
         custom.close()
 
