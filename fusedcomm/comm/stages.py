@@ -7,9 +7,8 @@ the way costs every rank microseconds, because its code has left the caches.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -48,7 +47,7 @@ class StagedCollectives(DataMovement):
         self._direct_quant: NativeCollectives | None = None
         # On GPUs: the last dimensions for which norms go straight to the kernels. None: any.
         self._direct_hidden: range | None = None
-        self._stats: Counter[str] = Counter()
+        self._stats: dict[str, int] = defaultdict(int)
 
     # ---- sums ----
 
@@ -110,12 +109,13 @@ class StagedCollectives(DataMovement):
             GroupBrokenError: as for all_reduce.
         """
         direct = self._direct_norm
-        hidden = self._direct_hidden
-        if direct is not None and (hidden is None or _last_size(x) in hidden) and self._guard.lock.acquire(False):
+        if direct is not None and self._guard.lock.acquire(False):
             try:
-                result = direct.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
-                self._stats["allreduce_rmsnorm.fused_norm"] += 1
-                return result
+                hidden = self._direct_hidden
+                if hidden is None or x.shape[-1] in hidden:
+                    result = direct.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
+                    self._stats["allreduce_rmsnorm.fused_norm"] += 1
+                    return result
             except BaseException as error:
                 self._fail(error)
                 _check_norm(x, residual, weight, eps, weight_bias, self.device)
@@ -156,15 +156,79 @@ class StagedCollectives(DataMovement):
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
+        return self._quant_fused(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+
+    def allreduce_rmsnorm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+    ) -> AddRMSNorm:
+        """As fused_allreduce_rmsnorm, by the fastest stage that is eligible: it always completes."""
+        fused = self.fused_allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
+        return self._norm_staged(x, residual, weight, eps, weight_bias) if fused is None else fused
+
+    def allreduce_rmsnorm_quant(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        group_size: int = 128,
+        emit_bf16: bool = False,
+        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+        weight_bias: float = 0.0,
+    ) -> AddRMSNormQuant:
+        """As fused_allreduce_rmsnorm_quant_per_group, by the fastest stage that is eligible: it always completes."""
+        # by position, and what the hot path does not need is elsewhere: names and closures cost a microsecond
+        fused = self._quant_fused(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        if fused is not None:
+            return fused
+        return self._quant_staged(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+
+    def _norm_staged(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+    ) -> AddRMSNorm:
+        plan = self._plan("allreduce_rmsnorm", x)
+
+        def staged() -> AddRMSNorm:
+            total = self._sum(plan, x)
+            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
+
+        result = self._run("allreduce_rmsnorm", x, None, staged)
+        self._stats[plan.counter] += 1
+        return result
+
+    def _quant_fused(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        group_size: int,
+        emit_bf16: bool,
+        scale_layout: ScaleLayout,
+    ) -> AddRMSNormQuant | None:
         direct = self._direct_quant
-        hidden = self._direct_hidden
-        if direct is not None and (hidden is None or _last_size(x) in hidden) and self._guard.lock.acquire(False):
+        if direct is not None and self._guard.lock.acquire(False):
             try:
-                result = direct.allreduce_rmsnorm_quant(
-                    x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
-                )
-                self._stats["allreduce_rmsnorm_quant.fused"] += 1
-                return result
+                hidden = self._direct_hidden
+                if hidden is None or x.shape[-1] in hidden:
+                    result = direct.allreduce_rmsnorm_quant(
+                        x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
+                    )
+                    self._stats["allreduce_rmsnorm_quant.fused"] += 1
+                    return result
             except BaseException as error:
                 self._fail(error)
                 _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout, self.device)
@@ -182,48 +246,17 @@ class StagedCollectives(DataMovement):
         self._stats[plan.counter] += 1
         return result
 
-    def allreduce_rmsnorm(
+    def _quant_staged(
         self,
         x: torch.Tensor,
         residual: torch.Tensor | None,
         weight: torch.Tensor,
         eps: float,
-        *,
-        weight_bias: float = 0.0,
-    ) -> AddRMSNorm:
-        """As fused_allreduce_rmsnorm, by the fastest stage that is eligible: it always completes."""
-        fused = self.fused_allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
-        if fused is not None:
-            return fused
-        plan = self._plan("allreduce_rmsnorm", x)
-
-        def staged() -> AddRMSNorm:
-            total = self._sum(plan, x)
-            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
-
-        result = self._run("allreduce_rmsnorm", x, None, staged)
-        self._stats[plan.counter] += 1
-        return result
-
-    def allreduce_rmsnorm_quant(
-        self,
-        x: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        group_size: int = 128,
-        emit_bf16: bool = False,
-        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
-        weight_bias: float = 0.0,
+        weight_bias: float,
+        group_size: int,
+        emit_bf16: bool,
+        scale_layout: ScaleLayout,
     ) -> AddRMSNormQuant:
-        """As fused_allreduce_rmsnorm_quant_per_group, by the fastest stage that is eligible: it always completes."""
-        options: dict[str, Any] = {"group_size": group_size, "emit_bf16": emit_bf16, "scale_layout": scale_layout}
-        fused = self.fused_allreduce_rmsnorm_quant_per_group(
-            x, residual, weight, eps, weight_bias=weight_bias, **options
-        )
-        if fused is not None:
-            return fused
         op = "allreduce_rmsnorm_quant"
         plan = self._plan(op, x, group_size)
 
@@ -232,9 +265,8 @@ class StagedCollectives(DataMovement):
                 norm, residual_out = self._fused_norm(plan, x, residual, weight, eps, weight_bias)
                 fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
                 return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
-            total = self._sum(plan, x)
-            return self._local.fused_add_rms_norm_quant(
-                total, residual, weight, eps, weight_bias=weight_bias, **options
+            return self._norm_quant(
+                self._sum(plan, x), residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
             )
 
         result = self._run(op, x, group_size, staged)
@@ -332,8 +364,22 @@ class StagedCollectives(DataMovement):
             return server.allreduce_rmsnorm_quant(
                 x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
             )
+        total = self._sum(plan, x)  # one rank
+        return self._norm_quant(total, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+
+    def _norm_quant(
+        self,
+        total: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        group_size: int,
+        emit_bf16: bool,
+        scale_layout: ScaleLayout,
+    ) -> AddRMSNormQuant:
         return self._local.fused_add_rms_norm_quant(
-            self._sum(plan, x),  # one rank
+            total,
             residual,
             weight,
             eps,
@@ -342,14 +388,6 @@ class StagedCollectives(DataMovement):
             scale_layout=scale_layout,
             weight_bias=weight_bias,
         )
-
-
-def _last_size(x: torch.Tensor) -> int:
-    """H of x ``[..., H]``; -1 of anything else, which the checks then name."""
-    try:
-        return x.shape[-1]
-    except (AttributeError, IndexError):
-        return -1
 
 
 def _check_sum(x: torch.Tensor, out: torch.Tensor | None, device: torch.device) -> None:
