@@ -38,17 +38,19 @@ class Layout(NamedTuple):
     overlaps: int = 1
     cluster_threads: int = 128
     sum_threads: int = 128
-    resident_threads: int = 2048
+    sender_threads: int = 1024
+    receiver_threads: int = 1024
     lead: int = 2
-    pause_ns: int = 100
 
 
 LAYOUTS = (
-    *(Layout(True, cluster_threads=c, sum_threads=s) for c, s in ((0, 128), (0, 256), (128, 128), (256, 512))),
+    *(Layout(True, cluster_threads=c, sum_threads=s) for c, s in ((0, 128), (64, 256), (128, 128), (256, 512))),
     Layout(True, overlaps=0),
     *(
-        Layout(False, cluster_threads=c, resident_threads=t, lead=lead, pause_ns=p)
-        for c, t, lead, p in itertools.product((0, 128), (1024, 2048), (1, 2, 8), (0, 100, 400))
+        Layout(False, cluster_threads=c, sender_threads=senders, receiver_threads=receivers, lead=lead)
+        for c, (senders, receivers), lead in itertools.product(
+            (0, 128), ((512, 1024), (1024, 512), (768, 768), (1024, 1024)), (1, 2, 8)
+        )
     ),
 )
 

@@ -178,7 +178,7 @@ FUSEDCOMM_EXPORT int32_t fusedcomm_gpu_comm_trace(int64_t handle, FusedcommGpuTr
 
 // For measurements: how kernels are laid out on a device from now on; -1 keeps a value. See Geometry in gpu/kernels.h.
 FUSEDCOMM_EXPORT void fusedcomm_gpu_set_geometry(int32_t device, int32_t overlaps, int32_t cluster_threads,
-                                                 int32_t sum_threads, int32_t resident_threads, int32_t lead,
-                                                 int32_t pause_ns) {
-  gpu::set_geometry(device, overlaps, cluster_threads, sum_threads, resident_threads, lead, pause_ns);
+                                                 int32_t sum_threads, int32_t sender_threads, int32_t receiver_threads,
+                                                 int32_t lead) {
+  gpu::set_geometry(device, overlaps, cluster_threads, sum_threads, sender_threads, receiver_threads, lead);
 }

@@ -86,7 +86,8 @@ Communicator::Communicator(const Config& config, const std::vector<void*>& slabs
   group.rank = config.rank;
   group.world_size = config.world_size;
   group.layout = slab_layout(config.world_size, config.buffer_bytes);
-  group.timeout_ticks = uint64_t(double(config.timeout_ns) * 1e-9 * double(ticks_per_second(config.device)));
+  const double timeout_ticks = double(config.timeout_ns) * 1e-9 * double(ticks_per_second(config.device));
+  group.timeout_ticks = uint32_t(std::min(timeout_ticks / double(1 << kCoarse), double(INT32_MAX)));
   try {
     if (group.layout.bytes != config.slab_bytes) throw std::runtime_error("slab_bytes: expected those of slab_bytes()");
     impl_->geometry = device_of(config.device).geometry;
@@ -277,15 +278,15 @@ void Communicator::watch() {
 
 Fp8Format native_fp8_format(int device) { return device_of(device).format; }
 
-void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int resident_threads, int lead,
-                  int pause_ns) {
+void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int sender_threads,
+                  int receiver_threads, int lead) {
   Geometry& g = device_of(device).geometry;
   if (overlaps >= 0) g.overlaps = overlaps != 0;
   if (cluster_threads >= 0) g.cluster_threads = cluster_threads;
   if (sum_threads >= 0) g.sum_threads = sum_threads;
-  if (resident_threads >= 0) g.resident_threads = resident_threads;
+  if (sender_threads >= 0) g.sender_threads = sender_threads;
+  if (receiver_threads >= 0) g.receiver_threads = receiver_threads;
   if (lead >= 0) g.lead = lead;
-  if (pause_ns >= 0) g.pause_ns = pause_ns;
 }
 
 void local_norm(DType dtype, const void* x, int64_t rows, const NormArguments& arguments, int device, void* stream) {

@@ -101,8 +101,8 @@ constexpr int kNumTraced = 256;
 Fp8Format native_fp8_format(int device);
 
 // For measurements; -1 keeps a value. Communicators made from then on use it.
-void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int resident_threads, int lead,
-                  int pause_ns);
+void set_geometry(int device, int overlaps, int cluster_threads, int sum_threads, int sender_threads,
+                  int receiver_threads, int lead);
 
 // Makes a device the current one while it lives.
 class DeviceGuard {

@@ -11,12 +11,12 @@ enum class Algorithm : uint32_t { kOneShot = 1, kTwoShot = 2 };
 // How a launch is laid out; which is fastest was measured (docs/tuning.md).
 struct Geometry {
   int num_sms = 1;
-  bool overlaps = false;        // programmatic dependent launch
-  int cluster_threads = 0;      // norms of long rows: threads of a block in a cluster of blocks a row; 0: a block a row
-  int sum_threads = 128;        // bare sum of a small message
-  int resident_threads = 2048;  // two-shot: of a multiprocessor
-  int lead = 2;                 // two-shot: units between sending and summing
-  int pause_ns = 100;           // two-shot of large messages: between polls
+  bool overlaps = false;       // programmatic dependent launch
+  int cluster_threads = 0;     // norms of long rows: threads of a block in a cluster of blocks a row; 0: a block a row
+  int sum_threads = 128;       // bare sum of a small message
+  int sender_threads = 1024;   // two-shot: of a multiprocessor, that send and sum
+  int receiver_threads = 512;  // two-shot: of a multiprocessor, that receive
+  int lead = 2;                // two-shot: units between sending and summing
 };
 
 struct Kernels {

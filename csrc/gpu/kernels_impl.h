@@ -13,17 +13,12 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 
 constexpr int kMaxCluster = 8;  // blocks: what every GPU with clusters allows
 
-// Two-shot: how many blocks (or clusters) of so many threads get half of the GPU.
-inline int64_t half_of(const Geometry& g, int threads) {
-  return std::max<int64_t>(1, int64_t(g.num_sms) * g.resident_threads / 2 / threads);
+// How many blocks (or clusters) of so many threads there are with so many threads on every multiprocessor.
+inline int64_t fill(const Geometry& g, int threads_of_multiprocessor, int threads) {
+  return std::max<int64_t>(1, int64_t(g.num_sms) * threads_of_multiprocessor / threads);
 }
 
 constexpr int64_t kFewBytes = int64_t(1) << 20;  // of a message that does not fill the GPU
-
-// Few threads poll as fast as they can; many leave the memory to the data.
-inline Pace pace_of(const Geometry& g, int64_t message_bytes, int64_t senders) {
-  return {int(senders), g.lead, message_bytes > kFewBytes ? uint32_t(g.pause_ns) : 0u};
-}
 
 // Threads of a block that holds `packs` with one pack a thread.
 inline int threads_for(int64_t packs) { return int(round_up(packs, kWarpSize)); }
@@ -49,16 +44,14 @@ Status launch_sum(const Group& group, Algorithm algorithm, const Geometry& g, co
   const int64_t vecs = divide_up(a.count, Io<T>::kPerVec);
   LaunchShape shape;
   shape.overlaps = g.overlaps;
-  const int64_t bytes = a.count * int64_t(sizeof(T));
-  shape.threads = bytes > kFewBytes ? 512 : g.sum_threads;
+  shape.threads = a.count * int64_t(sizeof(T)) > kFewBytes ? 512 : g.sum_threads;
   shape.blocks = divide_up(vecs, shape.threads);
   if (algorithm == Algorithm::kOneShot) {
     return launch(one_shot_sum<T, kMaxWorld>, shape, stream, group, a, facts);
   }
-  const int64_t senders = std::min(shape.blocks, half_of(g, shape.threads));
-  shape.blocks = 2 * senders;
-  const Pace pace = pace_of(g, bytes, senders);
-  return launch(two_shot_sum<T, kMaxWorld>, shape, stream, group, a, pace, facts);
+  const int64_t senders = std::min(divide_up(vecs, shape.threads), fill(g, g.sender_threads, shape.threads));
+  shape.blocks = senders + std::min(shape.blocks, fill(g, g.receiver_threads, shape.threads));
+  return launch(two_shot_sum<T, kMaxWorld>, shape, stream, group, a, Pace{int(senders), g.lead}, facts);
 }
 
 template <class T, int kMaxWorld>
@@ -70,8 +63,7 @@ Status launch_norm(const Group& group, Algorithm algorithm, const Geometry& g, c
   LaunchShape shape;
   shape.overlaps = g.overlaps;
   const bool one_shot = algorithm == Algorithm::kOneShot;
-  const int64_t bytes = rows * a.hidden * int64_t(sizeof(T));
-  const int64_t vecs = bytes / int64_t(sizeof(Vec));
+  const int64_t vecs = rows * packs * (kPack / Io<T>::kPerVec);
 #if !defined(FUSEDCOMM_HIP)
   // A row on one multiprocessor takes long to norm; a cluster costs a barrier. Two-shot hides the first until a thread
   // has more than one pack.
@@ -84,10 +76,12 @@ Status launch_norm(const Group& group, Algorithm algorithm, const Geometry& g, c
       return launch(one_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, facts);
     }
     const int cluster = shape.threads * shape.blocks_in_cluster;
-    const int64_t senders = std::min(divide_up(vecs, cluster), half_of(g, cluster)) * shape.blocks_in_cluster;
-    shape.blocks = senders + std::min(rows, half_of(g, cluster)) * shape.blocks_in_cluster;
+    // half as many send: the rows of clusters are longer, and are not to start late
+    const int64_t senders =
+        std::min(divide_up(vecs, cluster), fill(g, g.sender_threads / 2, cluster)) * shape.blocks_in_cluster;
+    shape.blocks = senders + std::min(rows, fill(g, g.receiver_threads, cluster)) * shape.blocks_in_cluster;
     return launch(two_shot_norm<T, kMaxWorld, 1, true>, shape, stream, group, x, a, int(rows),
-                  pace_of(g, bytes, senders), facts);
+                  Pace{int(senders), g.lead}, facts);
   }
 #endif
   shape.threads = packs <= 512 ? threads_for(packs) : 512;
@@ -98,12 +92,12 @@ Status launch_norm(const Group& group, Algorithm algorithm, const Geometry& g, c
                                         : one_shot_norm<T, kMaxWorld, 4, false>;
     return launch(kernel, shape, stream, group, x, a, facts);
   }
-  const int64_t senders = std::min(divide_up(vecs, shape.threads), half_of(g, shape.threads));
-  shape.blocks = senders + std::min(rows, half_of(g, shape.threads));
+  const int64_t senders = std::min(divide_up(vecs, shape.threads), fill(g, g.sender_threads, shape.threads));
+  shape.blocks = senders + std::min(rows, fill(g, g.receiver_threads, shape.threads));
   const auto kernel = packs <= 512    ? two_shot_norm<T, kMaxWorld, 1, false>
                       : packs <= 1024 ? two_shot_norm<T, kMaxWorld, 2, false>
                                       : two_shot_norm<T, kMaxWorld, 4, false>;
-  return launch(kernel, shape, stream, group, x, a, int(rows), pace_of(g, bytes, senders), facts);
+  return launch(kernel, shape, stream, group, x, a, int(rows), Pace{int(senders), g.lead}, facts);
 }
 
 template <class T>
@@ -126,9 +120,11 @@ Status launch_local_quant(const Geometry& g, const void* x, int64_t rows, int64_
                           Stream stream) {
   LaunchShape shape;
   shape.overlaps = g.overlaps;
-  shape.threads = 256;
-  shape.blocks = divide_up(rows * (hidden / kPack), shape.threads);
-  return launch(local_quant<T>, shape, stream, x, rows, int32_t(hidden), target);
+  const int64_t packs = hidden / kPack;
+  shape.blocks = rows;
+  shape.parts = int(std::min<int64_t>(divide_up(packs, 256), 1024));
+  shape.threads = std::min(256, threads_for(divide_up(packs, shape.parts)));
+  return launch(local_quant<T>, shape, stream, x, int32_t(hidden), target);
 }
 
 // Up to four ranks, or up to eight: loops over ranks are unrolled that far.

@@ -8,28 +8,38 @@ namespace fusedcomm::gpu {
 // A row a block, in registers; H a multiple of 8.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(512, 1) local_norm(const void* x, const __grid_constant__ NormArguments a) {
-  __shared__ Partials partials;
+  __shared__ RowSum<false>::Shared shared;
+  RowSum<false> row_sum(shared);
+  const int64_t row = blockIdx.x;
+  const uint32_t packs = uint32_t(a.hidden) / kPack;
   prefetch_arguments(a);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int64_t row = blockIdx.x;
-  const int packs = a.hidden / kPack;
-  Pack<T> r[kPacks] = {};
-  float weight[kPacks][kPack] = {}, squares[kPacks] = {};
+  Pack<T> r[kPacks] = {}, residual[kPacks] = {};
+  Weight<T> weight[kPacks] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int pack = j * int(blockDim.x) + int(threadIdx.x);
+    const uint32_t pack = uint32_t(j) * blockDim.x + threadIdx.x;
     if (pack >= packs) continue;
     r[j] = Pack<T>::load(x, row * packs + pack);
-    float residual[kPack];
-    load_residual<T>(a, row * packs + pack, residual);
-    load_weight<T>(a, pack, weight[j]);
-    squares[j] = add_residual<T>(a, row * packs + pack, residual, r[j]);
+    residual[j] = load_residual<T>(a, row * packs + pack);
+    weight[j] = Weight<T>::load(a, pack);
   }
-  const float inv = inverse_root(block_row_sum<kPacks>(squares, partials, 0), a);
+  float squares[kPacks] = {};
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) squares[j] = add_residual<T>(a, residual[j], r[j]);
+  row_sum.send(squares);
+  if (a.residual_out != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kPacks; ++j) {
+      const uint32_t pack = uint32_t(j) * blockDim.x + threadIdx.x;
+      if (pack < packs) r[j].store(a.residual_out, row * packs + pack);
+    }
+  }
+  const float inv = inverse_root(row_sum.receive(), a);
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int pack = j * int(blockDim.x) + int(threadIdx.x);
+    const uint32_t pack = uint32_t(j) * blockDim.x + threadIdx.x;
     finish_pack<T>(a, row, pack, inv, weight[j], r[j], pack < packs);
   }
 }
@@ -135,21 +145,27 @@ __global__ void __launch_bounds__(kRaggedThreads, 1)
       if (a.residual_out != nullptr) store_ragged<T>(a.residual_out, row, pack, a.hidden, r);
       if (a.norm != nullptr) store_ragged<T>(a.norm, row, pack, a.hidden, y);
     }
-    if (a.quant.fp8 != nullptr) quantize_pack<T>(a.quant, row, pack, a.hidden, y, pack < packs);
+    if (a.quant.fp8 != nullptr) quantize_pack<T>(a.quant, row, uint32_t(pack), a.hidden, y, pack < packs);
   }
 }
 
-// A pack a thread; groups lie in neighbouring lanes because H is a multiple of the group.
+// Row blockIdx.x, a pack a thread. Groups lie in neighbouring lanes because H is a multiple of them.
 template <class T>
-__global__ void __launch_bounds__(256) local_quant(const void* x, int64_t rows, int32_t hidden, QuantTarget target) {
+__global__ void __launch_bounds__(256)
+    local_quant(const void* x, int32_t hidden, const __grid_constant__ QuantTarget target) {
+  const int64_t row = blockIdx.x;
+  const uint32_t packs = uint32_t(hidden) / kPack;
+  prefetch_arguments(target);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int packs = hidden / kPack;
-  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const bool active = index < rows * packs;
-  float y[kPack] = {};
-  if (active) Pack<T>::load(x, index).unpack(y);
-  quantize_pack<T>(target, index / packs, int(index % packs), hidden, y, active);
+#pragma unroll 1
+  for (uint32_t first = blockIdx.y * blockDim.x; first < packs; first += gridDim.y * blockDim.x) {
+    const uint32_t pack = first + threadIdx.x;
+    const bool active = pack < packs;
+    float y[kPack] = {};
+    if (active) Pack<T>::load(x, row * packs + pack).unpack(y);
+    quantize_pack<T>(target, row, pack, hidden, y, active);
+  }
 }
 
 }  // namespace fusedcomm::gpu

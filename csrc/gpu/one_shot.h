@@ -42,106 +42,121 @@ template <class T, int kMaxWorld>
 __global__ void __launch_bounds__(512, 1)
     one_shot_sum(const __grid_constant__ Group group, const __grid_constant__ SumArguments a,
                  const __grid_constant__ TraceRecord facts) {
-  prefetch_arguments(group);
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  Tracer tracer(group, facts);
+  const Links<kMaxWorld, true> links(group);
   const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
   const uint32_t slot = index / kVecsPerSlot, in_slot = index % kVecsPerSlot;
   const bool active = int64_t(index) * Io<T>::kPerVec < a.count;
   uint32_t* const counter = group.one_shot_counters() + slot;
+  prefetch_arguments(group);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  Tracer tracer(group, facts);
   uint32_t generation = 0;
   if (active) {
     generation = load_counter(counter);
     const Vec own = as_message(load_flat<T>(a.x, index, a.count));
-    send_to_peers<kMaxWorld>(group, group.one_shot(generation, group.rank, slot, in_slot), own);
+    const uint32_t stride = group.layout.one_shot_stride;
+    const uint32_t offset = group.one_shot(slot, in_slot) + group.one_shot_generation(generation);
+    links.send(offset + uint32_t(group.rank) * stride, own);
     Waiter waiter(group);
-    const Vec sum = receive_sum<T, kMaxWorld>(group, waiter, own, group.one_shot(generation, 0, slot, in_slot),
-                                              group.layout.one_shot_stride, slot, generation);
-    store_flat<T>(a.out, index, a.count, sum);
+    Vec received[kMaxWorld];
+    links.template receive<T>(waiter, own, offset, stride, slot, generation, received);
+    store_flat<T>(a.out, index, a.count, sum_of<T>(received));
+    links.release(offset, stride);
   }
   __syncthreads();
   if (active && in_slot == 0) *counter = generation + 1;
   tracer.finish();
 }
 
-// A row a block, or a row a cluster; pack j of a thread is j * blockDim.x + threadIdx.x (of the cluster: no j).
+// Pack j of a thread is j * threads() + thread() of its row (in a cluster: no j).
 template <class T, int kMaxWorld, int kPacks, bool kCluster>
 __global__ void __launch_bounds__(512, 1)
     one_shot_norm(const __grid_constant__ Group group, const void* x, const __grid_constant__ NormArguments a,
                   const __grid_constant__ TraceRecord facts) {
   static_assert(!kCluster || kPacks == 1, "a cluster has a block for each stretch of the row");
-  constexpr int kVecs = kPack / Io<T>::kPerVec;
-  __shared__ Partials partials;
-  if (kCluster) prepare_flagged_sums(partials);
+  constexpr uint32_t kVecs = kPack / Io<T>::kPerVec;
+  __shared__ typename RowSum<kCluster>::Shared shared;
+  RowSum<kCluster> row_sum(shared);
+  const Links<kMaxWorld, true> links(group);
+  const uint32_t row = uint32_t(row_sum.worker());
+  const uint32_t packs = uint32_t(a.hidden) / kPack;
+  const uint32_t first_slot = row * ((packs * kVecs + kVecsPerSlot - 1) / kVecsPerSlot);
+  uint32_t* const counters = group.one_shot_counters() + first_slot;
+  const uint32_t stride = group.layout.one_shot_stride;
+  uint32_t pack[kPacks], place[kPacks];
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    pack[j] = uint32_t(j * row_sum.threads() + row_sum.thread());
+    place[j] = group.one_shot(first_slot, 0) + pack[j] * kVecs * uint32_t(sizeof(Vec));  // a row's slots are one piece
+  }
+  const auto slot_of = [&](uint32_t pack_of_row) { return pack_of_row * kVecs / kVecsPerSlot; };
   prefetch_arguments(group);
   prefetch_arguments(a);
   wait_for_previous_kernel();
   let_next_kernel_start();
   Tracer tracer(group, facts);
 
-  const int64_t row = kCluster ? blockIdx.x / blocks_in_cluster() : blockIdx.x;
-  const int first = (kCluster ? rank_in_cluster() * int(blockDim.x) : 0) + int(threadIdx.x);
-  const int packs = a.hidden / kPack;
-  const int vecs = packs * kVecs;
-  const uint32_t first_slot = uint32_t(row) * uint32_t((vecs + kVecsPerSlot - 1) / kVecsPerSlot);
-  uint32_t* const counters = group.one_shot_counters() + first_slot;
-
-  Waiter waiter(group);
   // Operands of one or two packs fit the registers and are on their way while the data is.
   constexpr bool kEarly = kPacks <= 2;
-  float residual[kPacks][kPack], weight[kPacks][kPack] = {}, squares[kPacks] = {};
-  Pack<T> own[kPacks], r[kPacks] = {};
+  Pack<T> own[kPacks], r[kPacks] = {}, residual[kPacks] = {};
+  Weight<T> weight[kPacks] = {};
   uint32_t generation[kPacks] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int pack = j * int(blockDim.x) + first;
-    if (pack >= packs) continue;
-    generation[j] = load_counter(counters + pack * kVecs / kVecsPerSlot);
-    own[j] = Pack<T>::load(x, row * packs + pack);
+    if (pack[j] >= packs) continue;
+    generation[j] = load_counter(counters + slot_of(pack[j]));
+    own[j] = Pack<T>::load(x, row * packs + pack[j]);
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) own[j].v[i] = as_message(own[j].v[i]);
+    for (uint32_t i = 0; i < kVecs; ++i) own[j].v[i] = as_message(own[j].v[i]);
   }
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int pack = j * int(blockDim.x) + first;
-    if (pack >= packs) continue;
+    if (pack[j] >= packs) continue;
+    place[j] += group.one_shot_generation(generation[j]);
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const uint32_t vec = uint32_t(pack * kVecs + i);
-      const uint32_t slot = first_slot + vec / kVecsPerSlot;
-      send_to_peers<kMaxWorld>(group, group.one_shot(generation[j], group.rank, slot, vec % kVecsPerSlot), own[j].v[i]);
+    for (uint32_t i = 0; i < kVecs; ++i) {
+      links.send(place[j] + i * uint32_t(sizeof(Vec)) + uint32_t(group.rank) * stride, own[j].v[i]);
     }
     if (kEarly) {
-      load_residual<T>(a, row * packs + pack, residual[j]);
-      load_weight<T>(a, pack, weight[j]);
+      residual[j] = load_residual<T>(a, row * packs + pack[j]);
+      weight[j] = Weight<T>::load(a, pack[j]);
     }
   }
+  row_sum.meet();
+
+  Waiter waiter(group);
+  float squares[kPacks] = {};
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int pack = j * int(blockDim.x) + first;
-    if (pack >= packs) continue;
+    if (pack[j] >= packs) continue;
 #pragma unroll
-    for (int i = 0; i < kVecs; ++i) {
-      const uint32_t vec = uint32_t(pack * kVecs + i);
-      const uint32_t slot = first_slot + vec / kVecsPerSlot;
-      r[j].v[i] = receive_sum<T, kMaxWorld>(group, waiter, own[j].v[i],
-                                            group.one_shot(generation[j], 0, slot, vec % kVecsPerSlot),
-                                            group.layout.one_shot_stride, slot, generation[j]);
+    for (uint32_t i = 0; i < kVecs; ++i) {
+      Vec received[kMaxWorld];
+      links.template receive<T>(waiter, own[j].v[i], place[j] + i * uint32_t(sizeof(Vec)), stride,
+                                first_slot + slot_of(pack[j]), generation[j], received);
+      r[j].v[i] = sum_of<T>(received);
     }
-    if (!kEarly) load_residual<T>(a, row * packs + pack, residual[j]);
-    squares[j] = add_residual<T>(a, row * packs + pack, residual[j], r[j]);
+    if (!kEarly) residual[j] = load_residual<T>(a, row * packs + pack[j]);
+    squares[j] = add_residual<T>(a, residual[j], r[j]);
   }
-  const float total =
-      kCluster ? flagged_cluster_row_sum(squares[0], partials) : block_row_sum<kPacks>(squares, partials, 0);
-  const float inv = inverse_root(total, a);
+  row_sum.send(squares);
+  // While the sums are on their way:
 #pragma unroll
   for (int j = 0; j < kPacks; ++j) {
-    const int pack = j * int(blockDim.x) + first;
-    if (!kEarly && pack < packs) load_weight<T>(a, pack, weight[j]);
-    finish_pack<T>(a, row, pack, inv, weight[j], r[j], pack < packs);
-    // all threads have read it: the row sum has a barrier
-    if (pack < packs && pack * kVecs % kVecsPerSlot == 0) counters[pack * kVecs / kVecsPerSlot] = generation[j] + 1;
+    if (pack[j] >= packs) continue;
+#pragma unroll
+    for (uint32_t i = 0; i < kVecs; ++i) links.release(place[j] + i * uint32_t(sizeof(Vec)), stride);
+    if (a.residual_out != nullptr) r[j].store(a.residual_out, row * packs + pack[j]);
+    if (!kEarly) weight[j] = Weight<T>::load(a, pack[j]);
+  }
+  const float inv = inverse_root(row_sum.receive(), a);
+#pragma unroll
+  for (int j = 0; j < kPacks; ++j) {
+    const bool active = pack[j] < packs;
+    finish_pack<T>(a, row, pack[j], inv, weight[j], r[j], active);
+    // all threads have read it: those of the row have sent their sums
+    if (active && pack[j] * kVecs % kVecsPerSlot == 0) counters[slot_of(pack[j])] = generation[j] + 1;
   }
   tracer.finish();
 }

@@ -1,6 +1,6 @@
 // The sum of a row as one fixed balanced tree over neighbours, s[i] = s[2i] + s[2i+1], padded with +0: the tree of
 // tree_sum.h, so every kernel of every device gets the same bits. Packs of 8 elements are summed in registers, packs by
-// a butterfly over lanes, lanes' sums by a butterfly over warps.
+// a butterfly over lanes, lanes' sums by a tree over warps.
 #pragma once
 
 #include "gpu/gpu.h"
@@ -9,35 +9,31 @@ namespace fusedcomm::gpu {
 
 constexpr int kPack = 8;  // elements a thread holds of a row at a time
 constexpr int kMaxPartials = 64;
-constexpr uint32_t kFreeSum = 0xffffffffu;  // NaNs, one of which no sum is
-constexpr uint32_t kOtherNanSum = 0x7fffffffu;
+
+// Of a number of values that is a power of two.
+template <int kCount>
+__device__ inline float tree_sum(const float* s) {
+  if constexpr (kCount == 1) {
+    return s[0];
+  } else {
+    return tree_sum<kCount / 2>(s) + tree_sum<kCount / 2>(s + kCount / 2);
+  }
+}
 
 __device__ inline float sum_of_squares(const float (&v)[kPack]) {
   float s[kPack];
 #pragma unroll
   for (int i = 0; i < kPack; ++i) s[i] = v[i] * v[i];
-#pragma unroll
-  for (int n = kPack / 2; n > 0; n /= 2) {
-#pragma unroll
-    for (int i = 0; i < n; ++i) s[i] = s[2 * i] + s[2 * i + 1];
-  }
-  return s[0];
+  return tree_sum<kPack>(s);
 }
 
-template <int kWidth = kWarpSize>
 __device__ inline float butterfly_sum(float s) {
 #pragma unroll
-  for (int mask = 1; mask < kWidth; mask *= 2) s += shuffle_xor(s, mask);
+  for (int mask = 1; mask < kWarpSize; mask *= 2) s += shuffle_xor(s, mask);
   return s;
 }
 
-// Where the warps of a block (or of a cluster of blocks) leave their sums. Two sets: a block that walks rows may write
-// those of the next row while a slow warp still reads.
-struct Partials {
-  float sums[2][kMaxPartials];
-};
-
-// The tree over `count` partial sums; every lane gets the result.
+// The tree over the `count` partial sums of a block's warps; every lane gets the result.
 __device__ inline float sum_partials(const float* sums, int count) {
   const int lane = int(threadIdx.x) % kWarpSize;
   if (kWarpSize < kMaxPartials && count > kWarpSize) {
@@ -48,55 +44,56 @@ __device__ inline float sum_partials(const float* sums, int count) {
   return butterfly_sum(lane < count ? sums[lane] : 0.0f);
 }
 
-// The sum over a row whose pack p = j * blockDim.x + threadIdx.x has the sum s[j]. With kPacks > 1 the block has a
-// power of two of threads. All threads call it; `parity` alternates from row to row.
-template <int kPacks>
-__device__ inline float block_row_sum(const float (&s)[kPacks], Partials& partials, int parity) {
-  const int warp = int(threadIdx.x) / kWarpSize, warps = int(blockDim.x) / kWarpSize;
+// How the threads that share a row sum over it: those of a block, or of a cluster of blocks (cluster.h). A kernel makes
+// one first of all. Then, for each row: send() of the sums of a thread's packs, where pack j * threads() + thread() of
+// the row has sum j, and receive() of the total. All threads call both; what a thread did before send() is done before
+// receive() returns in another.
+template <bool kCluster>
+class RowSum;
+
+// A row is a block's. With several packs a thread, the block has a power of two of threads.
+template <>
+class RowSum<false> {
+ public:
+  // Two sets: a block that walks rows may write those of the next row while a slow warp still reads.
+  struct Shared {
+    float sums[2][kMaxPartials];
+  };
+
+  __device__ explicit RowSum(Shared& shared) : shared_(shared) {}
+
+  // Of those that have a row each at a time: the number of this one, and how many there are.
+  __device__ static int worker() { return int(blockIdx.x); }
+  __device__ static int workers() { return int(gridDim.x); }
+  __device__ static int blocks() { return 1; }
+  __device__ static int thread() { return int(threadIdx.x); }
+  __device__ static int threads() { return int(blockDim.x); }
+
+  // Before the first send(): whoever it sends to has started.
+  __device__ void meet() {}
+
+  template <int kPacks>
+  __device__ void send(const float (&s)[kPacks]) {
+    const int warp = int(threadIdx.x) / kWarpSize, warps = int(blockDim.x) / kWarpSize;
 #pragma unroll
-  for (int j = 0; j < kPacks; ++j) {
-    const float sum = butterfly_sum(s[j]);
-    if (int(threadIdx.x) % kWarpSize == 0) partials.sums[parity][j * warps + warp] = sum;
-  }
-  __syncthreads();
-  return sum_partials(partials.sums[parity], kPacks * warps);
-}
-
-// The same over a cluster of blocks, a row each: pack p = rank of the block * blockDim.x + threadIdx.x. Warps write
-// their sums into the shared memory of every block of the cluster, so one barrier is enough.
-__device__ inline float cluster_row_sum(float s, Partials& partials, int parity) {
-  const int warps = int(blockDim.x) / kWarpSize, blocks = blocks_in_cluster();
-  const int index = rank_in_cluster() * warps + int(threadIdx.x) / kWarpSize;
-  const int lane = int(threadIdx.x) % kWarpSize;
-  const float sum = butterfly_sum(s);
-  if (lane < blocks) *in_block_of_cluster(&partials.sums[parity][index], lane) = sum;
-  cluster_barrier();
-  return sum_partials(partials.sums[parity], blocks * warps);
-}
-
-// The same, once in a kernel, and without a barrier on the way: the sums are their own flags. prepare_flagged_sums()
-// comes first, before anything that takes time. No block leaves before it has received from every other, so none
-// writes to one that has left.
-__device__ inline void prepare_flagged_sums(Partials& partials) {
-  for (int i = int(threadIdx.x); i < kMaxPartials; i += int(blockDim.x)) {
-    partials.sums[0][i] = __uint_as_float(kFreeSum);
-  }
-  cluster_barrier();
-}
-
-__device__ inline float flagged_cluster_row_sum(float s, Partials& partials) {
-  const int warps = int(blockDim.x) / kWarpSize, blocks = blocks_in_cluster(), count = blocks * warps;
-  const int index = rank_in_cluster() * warps + int(threadIdx.x) / kWarpSize;
-  const int lane = int(threadIdx.x) % kWarpSize;
-  float sum = butterfly_sum(s);
-  if (__float_as_uint(sum) == kFreeSum) sum = __uint_as_float(kOtherNanSum);
-  if (lane < blocks) store_in_cluster(in_block_of_cluster(&partials.sums[0][index], lane), sum);
-  for (int i = lane; i < count; i += kWarpSize) {
-    while (__float_as_uint(load_in_cluster(&partials.sums[0][i])) == kFreeSum) {
+    for (int j = 0; j < kPacks; ++j) {
+      const float sum = butterfly_sum(s[j]);
+      if (int(threadIdx.x) % kWarpSize == 0) shared_.sums[parity_][j * warps + warp] = sum;
     }
+    count_ = kPacks * warps;
   }
-  sync_warp();
-  return sum_partials(partials.sums[0], count);
-}
+
+  __device__ float receive() {
+    __syncthreads();
+    const float total = sum_partials(shared_.sums[parity_], count_);
+    parity_ ^= 1;
+    return total;
+  }
+
+ private:
+  Shared& shared_;
+  int parity_ = 0;
+  int count_ = 0;
+};
 
 }  // namespace fusedcomm::gpu

@@ -114,13 +114,15 @@ struct Group {
   int world_size;
   SlabLayout layout;
   HostPage* host;
-  uint64_t timeout_ticks;
-  uint32_t op;  // of this launch, as in TraceRecord
+  uint32_t timeout_ticks;  // coarse_ticks()
+  uint32_t op;             // of this launch, as in TraceRecord
 
-  // Where Vec `in_slot` of a slot lies in a slab.
-  __device__ uint32_t one_shot(uint32_t generation, int source, uint32_t slot, uint32_t in_slot) const {
-    return ((generation & 1u) * uint32_t(world_size) + uint32_t(source)) * layout.one_shot_stride + slot * kSlotBytes +
-           in_slot * uint32_t(sizeof(Vec));
+  // Where Vec `in_slot` of a slot lies in a slab: for one-shot generation 0 of source 0, the others being further on.
+  __device__ uint32_t one_shot(uint32_t slot, uint32_t in_slot) const {
+    return slot * kSlotBytes + in_slot * uint32_t(sizeof(Vec));
+  }
+  __device__ uint32_t one_shot_generation(uint32_t generation) const {
+    return (generation & 1u) * uint32_t(world_size) * layout.one_shot_stride;
   }
   __device__ uint32_t to_make(uint32_t generation, int source, uint32_t slot, uint32_t in_slot) const {
     return layout.to_make + ((generation & 1u) * uint32_t(world_size) + uint32_t(source)) * layout.to_make_stride +

@@ -134,7 +134,7 @@ def test_amd_flagged_words_bypass_the_caches(target: str) -> None:
         loads = kernel.lines(r"global_load_dwordx2 .* sc0 sc1$")
         sent = kernel.lines(r"global_store_dwordx4 .* sc0 sc1$")
         world = kernel.parameters[0]
-        assert len(loads) >= 4 * world, kernel  # looked at once, then polled
+        assert len(loads) >= 2 * world, kernel  # polled
         assert len(sent) >= 2 * world - 1, kernel  # to all others, and every slot freed
         if kernel.name == "one_shot_sum":
             assert len(kernel.lines(r"global_load_dwordx4 ")) == 1, kernel  # x
@@ -218,15 +218,19 @@ def test_nvidia_flagged_words_are_relaxed_at_system_scope(target: str) -> None:
         assert stores, kernel
         if kernel.name == "one_shot_sum":
             world = kernel.parameters[0]
-            assert (loads, stores) == (2 * world, 2 * world - 1), kernel
+            assert (loads, stores) == (world, 2 * world - 1), kernel
         assert kernel.count(r"ld\.relaxed\.sys\.global\.u32"), f"{kernel}: nothing polls the host's words"
 
 
 @NVIDIA
 def test_nvidia_no_spills(target: str) -> None:
-    """In what decoding and prefill run; fp32 may spill a few bytes."""
+    """In what decoding and prefill run; fp32 may spill a few bytes, and so may two-shot, which gains by more blocks."""
     for kernel in kernels(target):
-        if kernel.dtype != "f" and not kernel.has_long_rows:
+        if kernel.dtype == "f" or kernel.has_long_rows:
+            continue
+        if kernel.name.startswith("two_shot"):
+            assert kernel.resources["spilled"] <= 160, kernel
+        else:
             assert kernel.resources == {"stack": 0, "spilled": 0}, kernel
 
 
