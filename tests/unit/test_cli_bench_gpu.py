@@ -283,6 +283,28 @@ def test_copy_copies_the_rows_in_turn() -> None:
     assert torch.equal(case.outs[1], shape.inputs[1].x)
 
 
+def test_a_replayed_graph_of_several_steps_is_checked() -> None:
+    """A replay passes no call: the results are those of the last captured one, and stale ones are found."""
+    shape = make_shape(calls=2)
+    case = peers.NcclThenEager(SimpleNamespace(nccl=None), shape)  # type: ignore[arg-type]
+    case.sum = lambda row: None  # type: ignore[method-assign]  # one rank: its rows are the sum
+    case.reset()
+    with pytest.raises(ValueError, match="expected a call before it"):
+        case.check()
+    for index in range(2):
+        case.call(index)
+    case.check()
+    result = case.result
+    case.reset()
+    with pytest.raises(WrongResultError):
+        case.check()
+    assert result is not None
+    last = shape.at(1)
+    for target, source in zip(result, case.tail(case.rows[1], last.residual, last.weight), strict=True):
+        target.copy_(source)
+    case.check()
+
+
 class FakeJob:
     """A job as the peers see it."""
 
