@@ -7,33 +7,27 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace fusedcomm {
 
-View::View(const Tensor& t) : data(t.const_data_ptr()) {
-  const AtenTensorHandle handle = t.get();
-  int64_t *sizes_of = nullptr, *strides_of = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &sizes_of));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &strides_of));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_numel(handle, &numel));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(handle, &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(handle, &is_contiguous));
+View::View(AtenTensorHandle t) {
+  int64_t* sizes_of = nullptr;
+  TORCH_ERROR_CODE_CHECK(torch_get_const_data_ptr(t, &data));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(t, &sizes_of));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(t, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t, &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t, &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_is_contiguous(t, &is_contiguous));
   sizes = sizes_of;
-  strides = strides_of;
+  numel = 1;
+  for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
 }
 
-Result::Result(const Tensor& t) {
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &handle));
-  handle_.reset(handle);
-}
-
-void* Result::data() const {
+void* Owned::data() const {
   void* data = nullptr;
-  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(handle_.get(), &data));
+  TORCH_ERROR_CODE_CHECK(torch_get_mutable_data_ptr(get(), &data));
   return data;
 }
 
@@ -52,47 +46,101 @@ bool same_shape(const View& a, const View& b) {
 
 bool same_device(const View& a, const View& b) { return a.device_type == b.device_type && a.device == b.device; }
 
-// Uninitialised, of these sizes, on x's device; strides are in elements.
-Tensor empty_strided(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
-  int32_t type = 0, index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &index));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, type, index, &handle));
-  return Tensor(handle);
-}
-
-// As empty_strided, in memory for this many elements, which are more than the sizes need.
-Tensor empty_with_room(const Tensor& x, const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype,
-                       int64_t elements) {
-  const int64_t one = 1;
-  const Tensor memory = empty_strided(x, &elements, &one, 1, dtype);
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), dim, sizes, strides, 0, &handle));
-  return Tensor(handle);
-}
-
 constexpr int64_t kMaxDim = 64;  // what torch itself allows
 
-// As x, contiguous; the last size and the dtype may differ. Where it has room, rows more fit into its memory behind it.
-Tensor new_like(const Tensor& x, int32_t dtype, int64_t last_size, int64_t room = 0) {
-  const int64_t dim = x.dim();
-  STD_TORCH_CHECK(dim >= 1 && dim <= kMaxDim, "x: expected 1 to 64 dimensions");
+// Sizes and strides in elements.
+struct Extent {
+  int64_t dim;
   int64_t sizes[kMaxDim], strides[kMaxDim];
+
+  int64_t row_stride() const { return dim == 1 ? 0 : strides[dim - 2]; }
+  int64_t group_stride() const { return strides[dim - 1]; }
+};
+
+// As x, contiguous; the last size may differ.
+Extent contiguous_extent(const View& x, int64_t last_size) {
+  STD_TORCH_CHECK(x.dim >= 1 && x.dim <= kMaxDim, "x: expected 1 to 64 dimensions");
+  Extent e;
+  e.dim = x.dim;
   int64_t stride = 1;
-  for (int64_t d = dim - 1; d >= 0; --d) {
-    sizes[d] = d == dim - 1 ? last_size : x.size(d);
-    strides[d] = stride;
-    stride *= std::max<int64_t>(sizes[d], 1);
+  for (int64_t d = x.dim - 1; d >= 0; --d) {
+    e.sizes[d] = d == x.dim - 1 ? last_size : x.sizes[d];
+    e.strides[d] = stride;
+    stride *= std::max<int64_t>(e.sizes[d], 1);
   }
-  if (room == 0) return empty_strided(x, sizes, strides, dim, dtype);
-  return empty_with_room(x, sizes, strides, dim, dtype, stride + room * last_size);
+  return e;
+}
+
+// Of scales that lie in columns, each as long as a multiple of four rows.
+int64_t padded_rows(const Shape& shape) { return (shape.rows + 3) / 4 * 4; }
+
+Extent scale_extent(const View& x, const Shape& shape, const QuantFormat& format) {
+  const int64_t groups = shape.hidden / format.group_size;
+  if (!format.column_major && !format.packed) return contiguous_extent(x, groups);
+  Extent e;
+  e.dim = 2;
+  e.sizes[0] = shape.rows, e.sizes[1] = format.packed ? (groups + 3) / 4 : groups;
+  e.strides[0] = 1, e.strides[1] = padded_rows(shape);
+  return e;
+}
+
+int32_t fp8_dtype(const QuantFormat& format) {
+  return format.fnuz ? aoti_torch_dtype_float8_e4m3fnuz() : aoti_torch_dtype_float8_e4m3fn();
+}
+
+int32_t scale_dtype(const QuantFormat& format) {
+  return format.packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32();
+}
+
+// Uninitialised, on x's device.
+Owned new_tensor(const View& x, const Extent& e, int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(e.dim, e.sizes, e.strides, dtype, x.device_type, x.device, &handle));
+  return Owned(handle);
+}
+
+// As new_tensor, in memory for this many elements, which are more than the sizes need.
+Owned new_with_room(const View& x, const Extent& e, int32_t dtype, int64_t elements) {
+  const int64_t one = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &elements, &one, dtype, x.device_type, x.device, &handle));
+  const Owned memory(handle);
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(memory.get(), e.dim, e.sizes, e.strides, 0, &handle));
+  return Owned(handle);
 }
 
 void check_group_size(const Shape& shape, int64_t group_size) {
   STD_TORCH_CHECK((group_size == 32 || group_size == 64 || group_size == 128 || group_size == 256) &&
                       shape.hidden % group_size == 0,
                   "group_size: expected 32, 64, 128 or 256 dividing H");
+}
+
+QuantTarget target_of(const QuantFormat& format, const Extent& scale_extent, void* fp8, void* scale) {
+  QuantTarget target;
+  target.fp8 = static_cast<uint8_t*>(fp8);
+  if (format.packed) {
+    target.packed_scale = static_cast<int32_t*>(scale);
+  } else {
+    target.scale = static_cast<float*>(scale);
+  }
+  target.group_stride = scale_extent.group_stride();
+  target.row_stride = scale_extent.row_stride();
+  target.group_size = format.group_size;
+  target.format = format.fnuz ? Fp8Format::kE4M3fnuz : Fp8Format::kE4M3fn;
+  return target;
+}
+
+struct Span {
+  const char* begin;
+  int64_t bytes;
+
+  bool overlaps(const Span& o) const { return begin < o.begin + o.bytes && o.begin < begin + bytes; }
+};
+
+const int64_t* strides_of(const Owned& t) {
+  int64_t* strides = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  return strides;
 }
 
 }  // namespace
@@ -102,17 +150,8 @@ void check_like(const char* name, const View& t, const View& x) {
                   ": expected a contiguous tensor like x");
 }
 
-Result new_like(const View& x) {
-  STD_TORCH_CHECK(x.dim >= 1 && x.dim <= kMaxDim, "x: expected 1 to 64 dimensions");
-  int64_t strides[kMaxDim];
-  int64_t stride = 1;
-  for (int64_t d = x.dim - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(x.sizes[d], 1);
-  }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim, x.sizes, strides, x.dtype, x.device_type, x.device, &handle));
-  return Result(handle);
+Owned new_like(const View& x) {
+  return new_tensor(x, contiguous_extent(x, x.dim == 0 ? 0 : x.sizes[x.dim - 1]), x.dtype);
 }
 
 void check_overlap(const char* name, const View& t, const View& x) {
@@ -149,7 +188,7 @@ NormTensors norm_tensors(const View& x, const View* residual, const View& weight
   return t;
 }
 
-QuantTarget quant_target(const View& x, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
+QuantTarget quant_target(const View& x, int64_t group_size, const Owned& fp8, const Owned& scale) {
   const View fp8_view(fp8), scale_view(scale);
   const Shape shape = shape_of(x);
   check_group_size(shape, group_size);
@@ -164,14 +203,15 @@ QuantTarget quant_target(const View& x, int64_t group_size, const Tensor& fp8, c
                   "scale: expected one fp32 value a group, or one int32 word for four");
   STD_TORCH_CHECK(last <= 1 || scale_view.is_contiguous, "scale: expected [T, G] or a contiguous [..., G]");
   QuantTarget target;
-  target.fp8 = static_cast<uint8_t*>(fp8.mutable_data_ptr());
+  target.fp8 = static_cast<uint8_t*>(fp8.data());
   if (packed) {
-    target.packed_scale = static_cast<int32_t*>(scale.mutable_data_ptr());
+    target.packed_scale = static_cast<int32_t*>(scale.data());
   } else {
-    target.scale = static_cast<float*>(scale.mutable_data_ptr());
+    target.scale = static_cast<float*>(scale.data());
   }
-  target.group_stride = scale_view.strides[last];
-  target.row_stride = last == 0 ? 0 : scale_view.strides[last - 1];
+  const int64_t* const strides = strides_of(scale);
+  target.group_stride = strides[last];
+  target.row_stride = last == 0 ? 0 : strides[last - 1];
   target.group_size = group_size;
   if (fp8_view.dtype == aoti_torch_dtype_float8_e4m3fn()) {
     target.format = Fp8Format::kE4M3fn;
@@ -183,24 +223,63 @@ QuantTarget quant_target(const View& x, int64_t group_size, const Tensor& fp8, c
   return target;
 }
 
-Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bool packed, bool fnuz) {
+Quantized new_quant(const View& x, const QuantFormat& format) {
   const Shape shape = shape_of(x);
-  check_group_size(shape, group_size);
-  const int64_t groups = shape.hidden / group_size;
-  const int32_t fp8_dtype = fnuz ? aoti_torch_dtype_float8_e4m3fnuz() : aoti_torch_dtype_float8_e4m3fn();
-  if (!column_major && !packed) {
-    return {new_like(x, fp8_dtype, shape.hidden), new_like(x, aoti_torch_dtype_float32(), groups)};
-  }
-  const int64_t padded = (shape.rows + 3) / 4 * 4;
-  const int64_t sizes[] = {shape.rows, packed ? (groups + 3) / 4 : groups};
-  const int64_t strides[] = {1, padded};
-  const int32_t scale_dtype = packed ? aoti_torch_dtype_int32() : aoti_torch_dtype_float32();
+  check_group_size(shape, format.group_size);
+  const Extent fp8_extent = contiguous_extent(x, shape.hidden), extent = scale_extent(x, shape, format);
+  const bool in_columns = format.column_major || format.packed;
+  const int64_t padded = in_columns ? padded_rows(shape) : shape.rows;
   // A second tensor over the same memory costs a call of the shim, so only what needs room pays for it.
-  if (padded == shape.rows) {
-    return {new_like(x, fp8_dtype, shape.hidden), empty_strided(x, sizes, strides, 2, scale_dtype)};
+  const bool has_room = padded != shape.rows;
+  Owned fp8 = has_room ? new_with_room(x, fp8_extent, fp8_dtype(format), padded * shape.hidden)
+                       : new_tensor(x, fp8_extent, fp8_dtype(format));
+  Owned scale = has_room ? new_with_room(x, extent, scale_dtype(format), padded * extent.sizes[1])
+                         : new_tensor(x, extent, scale_dtype(format));
+  const QuantTarget target = target_of(format, extent, fp8.data(), scale.data());
+  return {std::move(fp8), std::move(scale), target};
+}
+
+QuantTarget given_quant(const View& x, const QuantFormat& format, const Owned& fp8, const Owned& scale) {
+  const Shape shape = shape_of(x);
+  check_group_size(shape, format.group_size);
+  const View fp8_view(fp8), scale_view(scale);
+  STD_TORCH_CHECK(same_device(fp8_view, x) && fp8_view.is_contiguous && same_shape(fp8_view, x) &&
+                      fp8_view.dtype == fp8_dtype(format),
+                  "fp8: expected a contiguous tensor of x's shape in the FP8 format of its device");
+  const Extent extent = scale_extent(x, shape, format);
+  STD_TORCH_CHECK(same_device(scale_view, x) && scale_view.dtype == scale_dtype(format) &&
+                      scale_view.dim == extent.dim &&
+                      std::equal(extent.sizes, extent.sizes + extent.dim, scale_view.sizes) &&
+                      std::equal(extent.strides, extent.strides + extent.dim, strides_of(scale)),
+                  "scale: expected the dtype, shape and strides of its layout");
+  return target_of(format, extent, fp8.data(), scale.data());
+}
+
+void check_apart(const View& x, const NormTensors& t) {
+  const int64_t element = element_bytes(dtype_of(x)), bytes = x.numel * element;
+  if (bytes == 0) return;
+  const auto span = [](const void* p, int64_t size) {
+    return Span{static_cast<const char*>(p), p == nullptr ? 0 : size};
+  };
+  const Span rows = span(x.data, bytes), residual = span(t.residual, bytes);
+  const Span weight = span(t.weight, t.shape.hidden * element_bytes(t.weight_dtype));
+  const Span norm = span(t.norm, bytes), residual_out = span(t.residual_out, bytes);
+  for (const Span& out : {norm, residual_out}) {
+    STD_TORCH_CHECK((out.begin == rows.begin || !out.overlaps(rows)) &&
+                        (out.begin == residual.begin || !out.overlaps(residual)) && !out.overlaps(weight),
+                    "out: expected x or the residual itself, or memory apart from the inputs");
   }
-  return {new_like(x, fp8_dtype, shape.hidden, padded - shape.rows),
-          empty_with_room(x, sizes, strides, 2, scale_dtype, padded * sizes[1])};
+  STD_TORCH_CHECK(!norm.overlaps(residual_out), "norm: expected another tensor than residual_out");
+  const QuantTarget& q = t.quant;
+  if (q.fp8 == nullptr) return;
+  const int64_t groups = t.shape.hidden / q.group_size, columns = q.packed_scale == nullptr ? groups : (groups + 3) / 4;
+  const int64_t words = (t.shape.rows - 1) * q.row_stride + (columns - 1) * q.group_stride + 1;
+  const Span fp8 = span(q.fp8, x.numel);
+  const Span scale = span(q.scale != nullptr ? static_cast<const void*>(q.scale) : q.packed_scale, words * 4);
+  for (const Span& other : {rows, residual, weight, norm, residual_out}) {
+    STD_TORCH_CHECK(!fp8.overlaps(other) && !scale.overlaps(other), "fp8: expected memory apart from all others");
+  }
+  STD_TORCH_CHECK(!fp8.overlaps(scale), "fp8: expected memory apart from scale");
 }
 
 }  // namespace fusedcomm

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "fusedcomm/types.h"
 
@@ -14,33 +15,18 @@ namespace fusedcomm {
 
 using torch::stable::Tensor;
 
-// What the operators ask about a tensor, asked once: each answer is a call through torch's stable ABI. Valid as long as
-// the tensor is.
-struct View {
-  View(const Tensor& t);
-
-  const void* data = nullptr;
-  const int64_t* sizes = nullptr;
-  const int64_t* strides = nullptr;
-  int64_t dim = 0;
-  int64_t numel = 0;
-  int32_t dtype = 0;  // as the shim numbers it
-  int32_t device_type = 0;
-  int32_t device = 0;
-  bool is_contiguous = false;
-};
-
-// A tensor that goes to torch, which becomes its owner. (Not the bare pointer: torch's conversions of that are
-// ambiguous.)
+// A tensor as it crosses between torch and an operator: whoever receives it is its owner. (Not the bare pointer:
+// torch's conversions of that are ambiguous. Not Tensor: it counts its owners, which costs an allocation each way.)
 struct Handle {
   AtenTensorHandle value;
 };
 
-// A tensor that an operator made, until it goes to torch. Unlike Tensor it has one owner, and changes hands at no cost.
-class Result {
+// The one owner of a tensor that came from torch, or that an operator made; moved at no cost.
+class Owned {
  public:
-  explicit Result(AtenTensorHandle handle) : handle_(handle) {}
-  explicit Result(const Tensor& t);
+  explicit Owned(AtenTensorHandle handle) : handle_(handle) {}
+  explicit Owned(Handle handle) : handle_(handle.value) {}
+  AtenTensorHandle get() const { return handle_.get(); }
   void* data() const;
   Handle release() { return {handle_.release()}; }
 
@@ -49,6 +35,26 @@ class Result {
     void operator()(AtenTensorHandle handle) const { aoti_torch_delete_tensor_object(handle); }
   };
   std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+};
+
+inline std::optional<Owned> owned(const std::optional<Handle>& handle) {
+  return handle ? std::optional<Owned>(*handle) : std::nullopt;
+}
+
+// What the operators ask about a tensor, asked once: each answer is a call through torch's stable ABI. Valid as long as
+// the tensor is.
+struct View {
+  explicit View(AtenTensorHandle t);
+  explicit View(const Owned& t) : View(t.get()) {}
+
+  const void* data = nullptr;
+  const int64_t* sizes = nullptr;
+  int64_t dim = 0;
+  int64_t numel = 0;
+  int32_t dtype = 0;  // as the shim numbers it
+  int32_t device_type = 0;
+  int32_t device = 0;
+  bool is_contiguous = false;
 };
 
 DType dtype_of(const View& t);
@@ -68,16 +74,25 @@ Shape shape_of(const View& x);
 void check_overlap(const char* name, const View& t, const View& x);
 
 // Uninitialised, contiguous, as x.
-Result new_like(const View& x);
+Owned new_like(const View& x);
 
-struct Quantized {
-  Tensor fp8, scale;
+// What a quantising operator is asked for; the flags are those of ScaleLayout in fusedcomm/ops/types.py.
+struct QuantFormat {
+  int64_t group_size;
+  bool column_major, packed, fnuz;
 };
 
-// Uninitialised outputs of a quantising operator; the flags are those of ScaleLayout in fusedcomm/ops/types.py. Where
-// scales lie in columns, the memory of both goes on to a multiple of four rows: products (cuBLAS) take them as they
-// are, and nothing has to be copied to pad them.
-Quantized empty_quant(const Tensor& x, int64_t group_size, bool column_major, bool packed, bool fnuz);
+struct Quantized {
+  Owned fp8, scale;
+  QuantTarget target;  // their memory
+};
+
+// Uninitialised outputs. Where scales lie in columns, the memory of both goes on to a multiple of four rows: products
+// (cuBLAS) take them as they are, and nothing has to be copied to pad them.
+Quantized new_quant(const View& x, const QuantFormat& format);
+
+// The memory of outputs that the caller gives, which have to be as new_quant makes them.
+QuantTarget given_quant(const View& x, const QuantFormat& format, const Owned& fp8, const Owned& scale);
 
 // A norm: its inputs, which are checked against x, and where its results go. Valid as long as the tensors are.
 struct NormTensors {
@@ -96,6 +111,10 @@ struct NormTensors {
 NormTensors norm_tensors(const View& x, const View* residual, const View& weight, double eps, double weight_bias);
 
 // The scale's dtype and strides say its layout: fp32 with any strides, or int32 words of four UE8M0 exponents.
-QuantTarget quant_target(const View& x, int64_t group_size, const Tensor& fp8, const Tensor& scale);
+QuantTarget quant_target(const View& x, int64_t group_size, const Owned& fp8, const Owned& scale);
+
+// Raises if a result would overwrite what is still to be read or another result: it may be in the place of x or of the
+// residual where it is like them, and overlaps nothing else.
+void check_apart(const View& x, const NormTensors& tensors);
 
 }  // namespace fusedcomm

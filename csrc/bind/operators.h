@@ -11,6 +11,7 @@
 // more, where ranks share cores several, and four allocations would cost more than the collective.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -34,16 +35,15 @@ bool is_aligned(const void* p) {
 template <class Device>
 class Input {
  public:
-  explicit Input(const Tensor& t) : view_(t) {
-    if (!view_.is_contiguous) {
-      copy_ = torch::stable::contiguous(t);
-    } else if (!is_aligned<Device>(view_.data)) {
-      copy_ = torch::stable::clone(t);
-    }
-    if (copy_) view_ = View(*copy_);
+  explicit Input(AtenTensorHandle t) : view_(t) {
+    if (view_.is_contiguous && is_aligned<Device>(view_.data)) return;
+    AtenTensorHandle shared = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t, &shared));
+    const Tensor given(shared);
+    copy_ = view_.is_contiguous ? torch::stable::clone(given) : torch::stable::contiguous(given);
+    view_ = View(copy_->get());
   }
   const View& view() const { return view_; }
-  const Tensor& tensor_of(const Tensor& given) const { return copy_ ? *copy_ : given; }
 
  private:
   View view_;
@@ -52,183 +52,216 @@ class Input {
 
 // The memory of an output that the caller gives, which has to be like x.
 template <class Device>
-void* output(const char* name, const Tensor& t, const View& x) {
+void* output(const char* name, const Owned& t, const View& x) {
   check_like(name, View(t), x);
-  void* const data = t.mutable_data_ptr();
+  void* const data = t.data();
   STD_TORCH_CHECK(is_aligned<Device>(data), "out: expected memory aligned to 16 bytes");
   return data;
 }
 
 // The inputs of a norm, checked; outputs are still to be set.
 template <class Device>
-struct NormInputs {
-  NormInputs(const Tensor& x_given, const std::optional<Tensor>& residual_given, const Tensor& weight_given, double eps,
+class NormInputs {
+ public:
+  NormInputs(Handle x_given, const std::optional<Handle>& residual_given, Handle weight_given, double eps,
              double weight_bias)
-      : x(x_given), weight(weight_given) {
-    if (residual_given) residual.emplace(*residual_given);
-    tensors = norm_tensors(x.view(), residual ? &residual->view() : nullptr, weight.view(), eps, weight_bias);
+      : x_owned_(x_given),
+        residual_owned_(owned(residual_given)),
+        weight_owned_(weight_given),
+        x_(x_owned_.get()),
+        weight_(weight_owned_.get()) {
+    if (residual_owned_) residual_.emplace(residual_owned_->get());
+    tensors = norm_tensors(x_.view(), residual_ ? &residual_->view() : nullptr, weight_.view(), eps, weight_bias);
   }
+  NormInputs(const NormCall& call, Handle x_given, const std::optional<Handle>& residual_given, Handle weight_given)
+      : NormInputs(x_given, residual_given, weight_given, call.eps, call.weight_bias) {}
 
-  Input<Device> x;
-  std::optional<Input<Device>> residual;
-  Input<Device> weight;
+  const View& x() const { return x_.view(); }
+
   NormTensors tensors;
+
+ private:
+  const Owned x_owned_;  // all of them first: what raises later must not lose one
+  const std::optional<Owned> residual_owned_;
+  const Owned weight_owned_;
+  Input<Device> x_;
+  std::optional<Input<Device>> residual_;
+  Input<Device> weight_;
 };
 
+// An operator owns what it is given from its first line on.
 template <class Device>
 struct Operators {
-  static QuantTarget quant(const View& x, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
-    const QuantTarget target = quant_target(x, group_size, fp8, scale);
+  static void check_aligned(const QuantTarget& target) {
     STD_TORCH_CHECK(is_aligned<Device>(target.fp8), "fp8: expected memory aligned to 16 bytes");
+  }
+
+  static QuantTarget quant(const View& x, int64_t group_size, const Owned& fp8, const Owned& scale) {
+    const QuantTarget target = quant_target(x, group_size, fp8, scale);
+    check_aligned(target);
     return target;
   }
 
   // ---- local ops ----
 
-  static void rms_norm_out(const Tensor& x, const Tensor& weight, double eps, double weight_bias, const Tensor& out) {
+  static void rms_norm_out(Handle x, Handle weight, double eps, double weight_bias, Handle out) {
+    const Owned norm(out);
     NormInputs<Device> in(x, std::nullopt, weight, eps, weight_bias);
-    in.tensors.norm = output<Device>("norm", out, in.x.view());
-    Device::local_norm(in.x.view(), in.tensors);
+    in.tensors.norm = output<Device>("norm", norm, in.x());
+    Device::local_norm(in.x(), in.tensors);
   }
 
-  static Handle rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_bias) {
+  static Handle rms_norm(Handle x, Handle weight, double eps, double weight_bias) {
     NormInputs<Device> in(x, std::nullopt, weight, eps, weight_bias);
-    Result norm = new_like(in.x.view());
+    Owned norm = new_like(in.x());
     in.tensors.norm = norm.data();
-    Device::local_norm(in.x.view(), in.tensors);
+    Device::local_norm(in.x(), in.tensors);
     return norm.release();
   }
 
-  static void fused_add_rms_norm_out(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                                     double eps, double weight_bias, const Tensor& norm, const Tensor& residual_out) {
+  static void fused_add_rms_norm_out(Handle x, std::optional<Handle> residual, Handle weight, double eps,
+                                     double weight_bias, Handle norm_given, Handle residual_given) {
+    const Owned norm(norm_given), residual_out(residual_given);
     NormInputs<Device> in(x, residual, weight, eps, weight_bias);
-    in.tensors.norm = output<Device>("norm", norm, in.x.view());
-    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x.view());
-    Device::local_norm(in.x.view(), in.tensors);
+    in.tensors.norm = output<Device>("norm", norm, in.x());
+    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x());
+    Device::local_norm(in.x(), in.tensors);
   }
 
-  static std::tuple<Handle, Handle> fused_add_rms_norm(const Tensor& x, const std::optional<Tensor>& residual,
-                                                       const Tensor& weight, double eps, double weight_bias) {
+  static std::tuple<Handle, Handle> fused_add_rms_norm(Handle x, std::optional<Handle> residual, Handle weight,
+                                                       double eps, double weight_bias) {
     NormInputs<Device> in(x, residual, weight, eps, weight_bias);
-    Result norm = new_like(in.x.view()), residual_out = new_like(in.x.view());
+    Owned norm = new_like(in.x()), residual_out = new_like(in.x());
     in.tensors.norm = norm.data();
     in.tensors.residual_out = residual_out.data();
-    Device::local_norm(in.x.view(), in.tensors);
+    Device::local_norm(in.x(), in.tensors);
     return {norm.release(), residual_out.release()};
   }
 
-  static void fused_add_rms_norm_quant_out(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                                           double eps, double weight_bias, int64_t group_size, const Tensor& fp8,
-                                           const Tensor& scale, const Tensor& residual_out,
-                                           const std::optional<Tensor>& norm) {
+  static void fused_add_rms_norm_quant_out(Handle x, std::optional<Handle> residual, Handle weight, double eps,
+                                           double weight_bias, int64_t group_size, Handle fp8_given, Handle scale_given,
+                                           Handle residual_given, std::optional<Handle> norm_given) {
+    const Owned fp8(fp8_given), scale(scale_given), residual_out(residual_given);
+    const std::optional<Owned> norm = owned(norm_given);
     NormInputs<Device> in(x, residual, weight, eps, weight_bias);
-    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x.view());
-    if (norm) in.tensors.norm = output<Device>("norm", *norm, in.x.view());
-    in.tensors.quant = quant(in.x.view(), group_size, fp8, scale);
-    Device::local_norm(in.x.view(), in.tensors);
+    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x());
+    if (norm) in.tensors.norm = output<Device>("norm", *norm, in.x());
+    in.tensors.quant = quant(in.x(), group_size, fp8, scale);
+    Device::local_norm(in.x(), in.tensors);
   }
 
-  static std::tuple<Handle, Handle, Handle> fused_add_rms_norm_quant(const Tensor& x,
-                                                                     const std::optional<Tensor>& residual,
-                                                                     const Tensor& weight, double eps,
-                                                                     double weight_bias, int64_t group_size,
-                                                                     bool column_major, bool packed, bool fnuz) {
+  static std::tuple<Handle, Handle, Handle> fused_add_rms_norm_quant(Handle x, std::optional<Handle> residual,
+                                                                     Handle weight, double eps, double weight_bias,
+                                                                     int64_t group_size, bool column_major, bool packed,
+                                                                     bool fnuz) {
     NormInputs<Device> in(x, residual, weight, eps, weight_bias);
-    const Quantized q = empty_quant(in.x.tensor_of(x), group_size, column_major, packed, fnuz);
-    Result residual_out = new_like(in.x.view());
+    Quantized q = new_quant(in.x(), {group_size, column_major, packed, fnuz});
+    Owned residual_out = new_like(in.x());
     in.tensors.residual_out = residual_out.data();
-    in.tensors.quant = quant(in.x.view(), group_size, q.fp8, q.scale);
-    Device::local_norm(in.x.view(), in.tensors);
-    return {Result(q.fp8).release(), Result(q.scale).release(), residual_out.release()};
+    in.tensors.quant = q.target;
+    Device::local_norm(in.x(), in.tensors);
+    return {q.fp8.release(), q.scale.release(), residual_out.release()};
   }
 
-  static void per_group_quant_fp8_out(const Tensor& x, int64_t group_size, const Tensor& fp8, const Tensor& scale) {
-    const Input<Device> in(x);
+  static void per_group_quant_fp8_out(Handle x_given, int64_t group_size, Handle fp8_given, Handle scale_given) {
+    const Owned x(x_given), fp8(fp8_given), scale(scale_given);
+    const Input<Device> in(x.get());
     Device::local_quant(in.view(), quant(in.view(), group_size, fp8, scale));
   }
 
-  static std::tuple<Handle, Handle> per_group_quant_fp8(const Tensor& x, int64_t group_size, bool column_major,
+  static std::tuple<Handle, Handle> per_group_quant_fp8(Handle x_given, int64_t group_size, bool column_major,
                                                         bool packed, bool fnuz) {
-    const Input<Device> in(x);
-    const Quantized q = empty_quant(in.tensor_of(x), group_size, column_major, packed, fnuz);
-    Device::local_quant(in.view(), quant(in.view(), group_size, q.fp8, q.scale));
-    return {Result(q.fp8).release(), Result(q.scale).release()};
+    const Owned x(x_given);
+    const Input<Device> in(x.get());
+    Quantized q = new_quant(in.view(), {group_size, column_major, packed, fnuz});
+    Device::local_quant(in.view(), q.target);
+    return {q.fp8.release(), q.scale.release()};
   }
 
   // ---- collectives ----
 
-  static bool comm_all_reduce_out(int64_t comm, const Tensor& x, const Tensor& out) {
-    const Input<Device> in(x);
+  static bool comm_all_reduce_out(int64_t comm, Handle x_given, Handle out_given) {
+    const Owned x(x_given), out(out_given);
+    const Input<Device> in(x.get());
     const View target(out);
     check_like("out", target, in.view());
     check_overlap("out", target, in.view());
     auto& communicator = Device::communicator(comm, in.view());
-    if (is_aligned<Device>(target.data)) return Device::all_reduce(communicator, in.view(), out.mutable_data_ptr());
-    Tensor aligned(new_like(in.view()).release().value), given(out);
-    const bool done = Device::all_reduce(communicator, in.view(), aligned.mutable_data_ptr());
-    torch::stable::copy_(given, aligned);
+    if (is_aligned<Device>(target.data)) return Device::all_reduce(communicator, in.view(), out.data());
+    Owned aligned = new_like(in.view());
+    const bool done = Device::all_reduce(communicator, in.view(), aligned.data());
+    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), aligned.get(), 0));
     return done;
   }
 
-  static std::tuple<Handle, bool> comm_all_reduce(int64_t comm, const Tensor& x) {
-    const Input<Device> in(x);
+  static std::tuple<Handle, bool> comm_all_reduce(int64_t comm, Handle x_given) {
+    const Owned x(x_given);
+    const Input<Device> in(x.get());
     auto& communicator = Device::communicator(comm, in.view());
-    Result out = new_like(in.view());
+    Owned out = new_like(in.view());
     const bool done = Device::all_reduce(communicator, in.view(), out.data());
     return {out.release(), done};
   }
 
-  static bool comm_allreduce_rmsnorm_out(int64_t call, const Tensor& x, const std::optional<Tensor>& residual,
-                                         const Tensor& weight, const Tensor& norm, const Tensor& residual_out) {
+  static bool comm_allreduce_rmsnorm_out(int64_t call, Handle x, std::optional<Handle> residual, Handle weight,
+                                         Handle norm_given, Handle residual_given) {
+    const Owned norm(norm_given), residual_out(residual_given);
     const NormCall& c = norm_call(call);
-    NormInputs<Device> in(x, residual, weight, c.eps, c.weight_bias);
-    auto& communicator = Device::communicator(c.comm, in.x.view());
-    in.tensors.norm = output<Device>("norm", norm, in.x.view());
-    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x.view());
-    return Device::all_reduce_norm(communicator, in.x.view(), in.tensors);
+    NormInputs<Device> in(c, x, residual, weight);
+    auto& communicator = Device::communicator(c.comm, in.x());
+    in.tensors.norm = output<Device>("norm", norm, in.x());
+    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x());
+    check_apart(in.x(), in.tensors);
+    return Device::all_reduce_norm(communicator, in.x(), in.tensors);
   }
 
-  static std::tuple<Handle, Handle, bool> comm_allreduce_rmsnorm(int64_t call, const Tensor& x,
-                                                                 const std::optional<Tensor>& residual,
-                                                                 const Tensor& weight) {
+  static std::tuple<Handle, Handle, bool> comm_allreduce_rmsnorm(int64_t call, Handle x, std::optional<Handle> residual,
+                                                                 Handle weight) {
     const NormCall& c = norm_call(call);
-    NormInputs<Device> in(x, residual, weight, c.eps, c.weight_bias);
-    auto& communicator = Device::communicator(c.comm, in.x.view());
-    Result norm = new_like(in.x.view()), residual_out = new_like(in.x.view());
+    NormInputs<Device> in(c, x, residual, weight);
+    auto& communicator = Device::communicator(c.comm, in.x());
+    Owned norm = new_like(in.x()), residual_out = new_like(in.x());
     in.tensors.norm = norm.data();
     in.tensors.residual_out = residual_out.data();
-    const bool done = Device::all_reduce_norm(communicator, in.x.view(), in.tensors);
+    const bool done = Device::all_reduce_norm(communicator, in.x(), in.tensors);
     return {norm.release(), residual_out.release(), done};
   }
 
-  static bool comm_allreduce_rmsnorm_quant_out(int64_t call, const Tensor& x, const std::optional<Tensor>& residual,
-                                               const Tensor& weight, const Tensor& fp8, const Tensor& scale,
-                                               const Tensor& residual_out, const std::optional<Tensor>& norm) {
+  static QuantFormat format_of(const NormCall& c, const View& x) {
+    return {c.group_size, c.column_major != 0, c.packed != 0, Device::makes_fnuz(x)};
+  }
+
+  static bool comm_allreduce_rmsnorm_quant_out(int64_t call, Handle x, std::optional<Handle> residual, Handle weight,
+                                               Handle fp8_given, Handle scale_given, Handle residual_given,
+                                               std::optional<Handle> norm_given) {
+    const Owned fp8(fp8_given), scale(scale_given), residual_out(residual_given);
+    const std::optional<Owned> norm = owned(norm_given);
     const NormCall& c = norm_call(call);
-    NormInputs<Device> in(x, residual, weight, c.eps, c.weight_bias);
-    auto& communicator = Device::communicator(c.comm, in.x.view());
-    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x.view());
-    if (norm) in.tensors.norm = output<Device>("norm", *norm, in.x.view());
-    in.tensors.quant = quant(in.x.view(), c.group_size, fp8, scale);
-    return Device::all_reduce_norm(communicator, in.x.view(), in.tensors);
+    NormInputs<Device> in(c, x, residual, weight);
+    auto& communicator = Device::communicator(c.comm, in.x());
+    STD_TORCH_CHECK(norm.has_value() == (c.emit_norm != 0), "norm: expected a tensor exactly if it is emitted");
+    in.tensors.residual_out = output<Device>("residual_out", residual_out, in.x());
+    if (norm) in.tensors.norm = output<Device>("norm", *norm, in.x());
+    in.tensors.quant = given_quant(in.x(), format_of(c, in.x()), fp8, scale);
+    check_aligned(in.tensors.quant);
+    check_apart(in.x(), in.tensors);
+    return Device::all_reduce_norm(communicator, in.x(), in.tensors);
   }
 
   static std::tuple<Handle, Handle, Handle, std::optional<Handle>, bool> comm_allreduce_rmsnorm_quant(
-      int64_t call, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight) {
+      int64_t call, Handle x, std::optional<Handle> residual, Handle weight) {
     const NormCall& c = norm_call(call);
-    NormInputs<Device> in(x, residual, weight, c.eps, c.weight_bias);
-    auto& communicator = Device::communicator(c.comm, in.x.view());
-    const Quantized q = empty_quant(in.x.tensor_of(x), c.group_size, c.column_major != 0, c.packed != 0,
-                                    Device::makes_fnuz(in.x.view()));
-    Result residual_out = new_like(in.x.view());
-    std::optional<Result> norm;
-    if (c.emit_norm != 0) norm = new_like(in.x.view());
+    NormInputs<Device> in(c, x, residual, weight);
+    auto& communicator = Device::communicator(c.comm, in.x());
+    Quantized q = new_quant(in.x(), format_of(c, in.x()));
+    Owned residual_out = new_like(in.x());
+    std::optional<Owned> norm;
+    if (c.emit_norm != 0) norm = new_like(in.x());
     in.tensors.residual_out = residual_out.data();
     if (norm) in.tensors.norm = norm->data();
-    in.tensors.quant = quant(in.x.view(), c.group_size, q.fp8, q.scale);
-    const bool done = Device::all_reduce_norm(communicator, in.x.view(), in.tensors);
-    Result fp8(q.fp8), scale(q.scale);
-    return {fp8.release(), scale.release(), residual_out.release(),
+    in.tensors.quant = q.target;
+    const bool done = Device::all_reduce_norm(communicator, in.x(), in.tensors);
+    return {q.fp8.release(), q.scale.release(), residual_out.release(),
             norm ? std::optional<Handle>(norm->release()) : std::nullopt, done};
   }
 };

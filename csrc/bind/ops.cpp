@@ -126,7 +126,7 @@ struct Cpu {
 // ---- collectives that GPUs leave to the process group; done, or call again, as in operators.h ----
 
 bool comm_all_gather(int64_t comm, const Tensor& x, const Tensor& out) {
-  const Input<Cpu> in(x);
+  const Input<Cpu> in(x.get());
   const int64_t bytes = x.numel() * int64_t(x.element_size());
   STD_TORCH_CHECK(x.is_cpu() && out.is_cpu() && out.is_contiguous() &&
                       out.numel() * int64_t(out.element_size()) == bytes * cpu_communicator(comm).config().world_size,
@@ -135,11 +135,12 @@ bool comm_all_gather(int64_t comm, const Tensor& x, const Tensor& out) {
 }
 
 bool comm_reduce_scatter(int64_t comm, const Tensor& x, const Tensor& out) {
-  const Input<Cpu> in(x);
+  const Input<Cpu> in(x.get());
   STD_TORCH_CHECK(x.is_cpu() && out.is_cpu() && out.is_contiguous() && x.scalar_type() == out.scalar_type() &&
                       x.numel() == out.numel() * cpu_communicator(comm).config().world_size,
                   "out: expected a contiguous CPU tensor of 1/world_size of x");
-  return cpu_communicator(comm).reduce_scatter(dtype_of(x), in.view().data, out.mutable_data_ptr(), out.numel());
+  return cpu_communicator(comm).reduce_scatter(dtype_of(in.view()), in.view().data, out.mutable_data_ptr(),
+                                               out.numel());
 }
 
 bool comm_broadcast(int64_t comm, const Tensor& x, int64_t src) {
