@@ -16,11 +16,15 @@ def allreduce_rmsnorm(
     eps: float,
     *,
     weight_bias: float = 0.0,
+    out: AddRMSNorm | None = None,
     group: GroupCoordinator | None = None,
 ) -> AddRMSNorm:
-    """All-reduce, residual addition and RMSNorm by the fastest eligible stage, as GroupCoordinator's."""
+    """All-reduce, residual addition and RMSNorm by the fastest eligible stage, as GroupCoordinator's.
+
+    ``out``: written and returned, see GroupCoordinator.fused_allreduce_rmsnorm.
+    """
     group = get_tp_group() if group is None else group
-    return group.allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
+    return group.allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias, out=out)
 
 
 def allreduce_rmsnorm_quant(
@@ -33,6 +37,7 @@ def allreduce_rmsnorm_quant(
     emit_bf16: bool = False,
     scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
     weight_bias: float = 0.0,
+    out: AddRMSNormQuant | None = None,
     group: GroupCoordinator | None = None,
 ) -> AddRMSNormQuant:
     """As allreduce_rmsnorm, quantised per group; see GroupCoordinator.allreduce_rmsnorm_quant."""
@@ -46,6 +51,7 @@ def allreduce_rmsnorm_quant(
         emit_bf16=emit_bf16,
         scale_layout=scale_layout,
         weight_bias=weight_bias,
+        out=out,
     )
 
 

@@ -319,6 +319,119 @@ def out_forms() -> None:
                 assert (spread[shape[0] :] == 7.0).all()
 
 
+def poisoned(result: Any) -> Any:
+    """Tensors of the strides of a result, of bytes that no result has."""
+
+    def fill(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor):
+            return t
+        elements = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+        memory = torch.full((max(elements, 1) * t.element_size(),), 0xA5, dtype=torch.uint8, device=t.device)
+        return memory.view(t.dtype).as_strided(t.shape, t.stride())
+
+    return type(result)(*(fill(t) for t in result))
+
+
+def check_fused_out(call: Any, other_x: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """``call(x, residual, out)`` gives into out the bits that it gives without, again and again, in place too."""
+    want, other = call(x, residual, None), call(other_x, residual, None)
+    out = poisoned(want)
+    for given, expected in ((x, want), (other_x, other), (x, want)):
+        assert call(given, residual, out) is out
+        assert [bits(t) for t in out if isinstance(t, torch.Tensor)] == [
+            bits(t) for t in expected if isinstance(t, torch.Tensor)
+        ]
+    places: list[dict[str, bool]] = [{"norm_is_x": True}, {"residual_is_x": True}]
+    if residual is not None:
+        places += [{"residual_stays": True}, {"residual_stays": True, "norm_is_x": True}]
+        places += [{"norm_is_residual": True, "residual_is_x": True}, {"norm_is_residual": True}]
+    for place in places:
+        if want.norm is None and any(name.startswith("norm") for name in place):
+            continue
+        own_x, own_residual = x.clone(), None if residual is None else residual.clone()
+        out = poisoned(want)
+        if "norm_is_x" in place:
+            out = out._replace(norm=own_x)
+        if "norm_is_residual" in place:
+            out = out._replace(norm=own_residual)
+        if "residual_is_x" in place:
+            out = out._replace(residual=own_x)
+        if "residual_stays" in place:
+            out = out._replace(residual=own_residual)
+        got = call(own_x, own_residual, out)
+        for name, t in want._asdict().items():
+            if isinstance(t, torch.Tensor):
+                assert getattr(got, name) is getattr(out, name)
+                assert bits(getattr(got, name)) == bits(t), f"{name} with {place}"
+
+
+def fused_out_forms() -> None:
+    """By every stage, with residuals and sums that differ by rank."""
+    shapes = ((5, 1280), (1, 256), (2, 3, 384), (256,), (130, 1024), (0, 256))
+    for stage, settings in FORCED["allreduce_rmsnorm"].items():
+        with new_group(settings=settings) as group:
+            for seed, shape in enumerate(shapes):
+                dtype = DTYPES[seed % 3]
+                x, other = own_input(group, seed, shape, dtype), own_input(group, seed + 50, shape, dtype)
+                residual = own_input(group, seed + 100, shape, dtype)
+                weight = make(seed, shape[-1:], dtype, "ordinary").to(group.device)
+                for own_residual in (residual, None):
+
+                    def norm(x: Any, r: Any, out: Any, weight: Any = weight, group: Any = group) -> Any:
+                        return group.allreduce_rmsnorm(x, r, weight, 1e-6, weight_bias=1.0, out=out)
+
+                    check_fused_out(norm, other, x, own_residual)
+            if group.world_size > 1:
+                assert {name for name in group.stats() if name.startswith("allr")} == {f"allreduce_rmsnorm.{stage}"}
+    for stage, settings in FORCED["allreduce_rmsnorm_quant"].items():
+        with new_group(settings=settings) as group:
+            for seed, shape in enumerate(shapes):
+                dtype, layout, emit = DTYPES[seed % 3], LAYOUTS[seed // 2 % 3], bool(seed % 2)
+                x, other = own_input(group, seed, shape, dtype), own_input(group, seed + 50, shape, dtype)
+                residual = own_input(group, seed + 100, shape, dtype)
+                weight = make(seed, shape[-1:], dtype, "ordinary").to(group.device)
+                for own_layout, own_emit in ((layout, emit), (ScaleLayout.UE8M0_PACKED, not emit)):
+                    options = {"group_size": 64, "scale_layout": own_layout, "emit_bf16": own_emit}
+
+                    def quant(x: Any, r: Any, out: Any, w: Any = weight, g: Any = group, o: Any = options) -> Any:
+                        return g.allreduce_rmsnorm_quant(x, r, w, 1e-6, **o, out=out)
+
+                    check_fused_out(quant, other, x, residual)
+            if group.world_size > 1:
+                names = {name for name in group.stats() if name.startswith("allr")}
+                assert names == {f"allreduce_rmsnorm_quant.{stage}"}
+
+
+def fused_out_or_none() -> None:
+    """Where the fused kernel is not eligible, out is left alone; the functions of the package pass it on."""
+    with new_group(settings=Settings(disable=True)) as group:
+        x, w = own_input(group, 1, (4, 256), torch.bfloat16), torch.ones(256, device=group.device)
+        full = group.allreduce_rmsnorm_quant(x, x, w, 1e-6)
+        pair = group.allreduce_rmsnorm(x, x, w, 1e-6)
+        for call, result in (
+            (group.fused_allreduce_rmsnorm, pair),
+            (group.fused_allreduce_rmsnorm_quant_per_group, full),
+        ):
+            out = poisoned(result)
+            assert call(x, x, w, 1e-6, out=out) is None
+            assert all(bits(t).strip(b"\xa5") == b"" for t in out if isinstance(t, torch.Tensor))
+        for function, result in (
+            (fusedcomm.allreduce_rmsnorm, pair),
+            (fusedcomm.allreduce_rmsnorm_quant, full),
+        ):
+            out = poisoned(result)
+            assert function(x, x, w, 1e-6, out=out, group=group) is out
+            assert bits(out.residual) == bits(result.residual)
+    with new_group() as group:
+        for call, result in (
+            (group.fused_allreduce_rmsnorm, group.allreduce_rmsnorm(x, x, w, 1e-6)),
+            (group.fused_allreduce_rmsnorm_quant_per_group, group.allreduce_rmsnorm_quant(x, x, w, 1e-6)),
+        ):
+            out = poisoned(result)
+            assert call(x, x, w, 1e-6, out=out) is out
+            assert bits(out.residual) == bits(result.residual)
+
+
 def strided_inputs() -> None:
     """Made contiguous; the result is contiguous and the input is left alone."""
     for settings in (Settings(), Settings(disable=True, deterministic=True)):

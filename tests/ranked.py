@@ -194,9 +194,10 @@ def check_quant(
 
 def bits(t: torch.Tensor | None) -> bytes:
     """All bytes of the values, in the order of the shape."""
-    if t is None:
+    if t is None or not t.numel():
         return b""
-    return t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    # contiguous() would leave the strides of a single element as they are
+    return t.detach().cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
 
 
 def bits_but_nan(t: torch.Tensor | None) -> bytes:

@@ -10,7 +10,7 @@ import hashlib
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,8 @@ from fusedcomm.comm.symmetric_buffer import Exchange
 from fusedcomm.env import Settings, launcher_environ
 from fusedcomm.errors import SettingError
 from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
+
+_Result = TypeVar("_Result", AddRMSNorm, AddRMSNormQuant)
 
 ARCHS = ("gfx94", "gfx95")
 QUANT_ARCH = "gfx95"
@@ -278,13 +280,15 @@ class AiterCollectives:
         weight: torch.Tensor,
         eps: float,
         weight_bias: float,
+        out: AddRMSNorm | None = None,
     ) -> AddRMSNorm:
-        """All-reduce + add + RMSNorm."""
+        """All-reduce + add + RMSNorm; copied into out if given, as aiter allocates."""
         x = x.detach().contiguous()
         is_gemma = weight_bias == 1.0 and weight.dtype == x.dtype
         weight = _folded(weight, 0.0 if is_gemma else weight_bias, x.dtype)
         norm, residual_out = self._allreduce_rmsnorm(x, _given(residual, x), weight, eps, False, 0, is_gemma)
-        return AddRMSNorm(norm, residual_out)
+        result = AddRMSNorm(norm, residual_out)
+        return result if out is None else _copied(result, out)
 
     def allreduce_rmsnorm_quant(
         self,
@@ -296,8 +300,15 @@ class AiterCollectives:
         group_size: int,
         emit_norm: bool,
         scale_layout: ScaleLayout,
+        out: AddRMSNormQuant | None = None,
     ) -> AddRMSNormQuant:
-        """All-reduce + add + RMSNorm + per-group quantisation; scales that are powers of two take a second launch."""
+        """All-reduce + add + RMSNorm + per-group quantisation; scales that are powers of two take a second launch.
+
+        Copied into out if given: it may be inputs, and what aiter's kernels make of that is not known.
+        """
+        if out is not None:
+            arguments = (x, residual, weight, eps, weight_bias, group_size, emit_norm, scale_layout)
+            return _copied(self.allreduce_rmsnorm_quant(*arguments), out)
         if scale_layout is ScaleLayout.UE8M0_PACKED:
             norm, residual_out = self.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
             fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
@@ -346,6 +357,13 @@ def _initialize(ranks: Sequence[int], device: torch.device) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}".partition("\n")[0]
     return ""
+
+
+def _copied(result: _Result, out: _Result) -> _Result:
+    for source, target in zip(result, out, strict=True):
+        if isinstance(source, torch.Tensor) and isinstance(target, torch.Tensor):
+            target.copy_(source)
+    return out
 
 
 def _given(residual: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:

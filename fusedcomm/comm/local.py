@@ -15,7 +15,7 @@ class LocalOps:
 
     def __init__(self, operators: Operators, fp8_dtype: torch.dtype) -> None:
         self._operators = operators
-        self._fp8_dtype = fp8_dtype
+        self.fp8_dtype = fp8_dtype
 
     def fused_add_rms_norm(
         self,
@@ -25,9 +25,10 @@ class LocalOps:
         eps: float,
         *,
         weight_bias: float = 0.0,
+        out: AddRMSNorm | None = None,
     ) -> AddRMSNorm:
-        """Adds the residual and norms the sum in one launch."""
-        return run_add_rms_norm(self._operators, x, residual, weight, eps, weight_bias)
+        """Adds the residual and norms the sum in one launch, into out if given."""
+        return run_add_rms_norm(self._operators, x, residual, weight, eps, weight_bias, out)
 
     def fused_add_rms_norm_quant(
         self,
@@ -40,16 +41,22 @@ class LocalOps:
         emit_bf16: bool = False,
         scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
         weight_bias: float = 0.0,
+        out: AddRMSNormQuant | None = None,
     ) -> AddRMSNormQuant:
         """As fused_add_rms_norm, then FP8 of the normed rows in the same launch."""
-        options = (weight_bias, group_size, emit_bf16, scale_layout, self._fp8_dtype)
-        return run_add_rms_norm_quant(self._operators, x, residual, weight, eps, *options)
+        options = (weight_bias, group_size, emit_bf16, scale_layout, self.fp8_dtype)
+        return run_add_rms_norm_quant(self._operators, x, residual, weight, eps, *options, out)
 
     def per_group_quant_fp8(
-        self, x: torch.Tensor, *, group_size: int = 128, scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR
+        self,
+        x: torch.Tensor,
+        *,
+        group_size: int = 128,
+        scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
+        out: GroupQuant | None = None,
     ) -> GroupQuant:
-        """FP8 with one scale for each ``group_size`` neighbours."""
-        return run_per_group_quant_fp8(self._operators, x.contiguous(), group_size, scale_layout, self._fp8_dtype)
+        """FP8 with one scale for each ``group_size`` neighbours, into out if given."""
+        return run_per_group_quant_fp8(self._operators, x.contiguous(), group_size, scale_layout, self.fp8_dtype, out)
 
 
 def local_ops(backend: str, fp8_dtype: torch.dtype = torch.float8_e4m3fn) -> LocalOps:

@@ -28,7 +28,6 @@ FAILURES: dict[int, type[errors.GroupBrokenError]] = {
 # column_major, packed: as the native operators take a layout
 _LAYOUT_FLAGS = {layout: layout_flags(layout)[:2] for layout in ScaleLayout}
 
-_ROW_MAJOR = ScaleLayout.ROW_MAJOR
 _MAX_NORM_CALLS = 1024
 
 _new: Callable[..., Any] = tuple.__new__
@@ -99,18 +98,26 @@ class NativeCollectives(abc.ABC):
         weight: torch.Tensor,
         eps: float,
         weight_bias: float,
+        out: AddRMSNorm | None = None,
     ) -> AddRMSNorm:
-        """All-reduce + add + RMSNorm in one launch."""
-        key = (eps, weight_bias, 0, False, _ROW_MAJOR)
+        """All-reduce + add + RMSNorm in one launch, into out if given."""
+        key = (eps, weight_bias)
         call = self._norm_calls.get(key) or self._prepare(*key)
         if (before_call := self._before_call) is not None:
             before_call()
         try:
-            norm, residual_out, done = self._comm_allreduce_rmsnorm(call, x, residual, weight)
-            while not done:
-                done = self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out)
-            result: AddRMSNorm = _new(AddRMSNorm, (norm, residual_out))
-            return result
+            if out is None:
+                norm, residual_out, done = self._comm_allreduce_rmsnorm(call, x, residual, weight)
+                while not done:
+                    done = self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out)
+                result: AddRMSNorm = _new(AddRMSNorm, (norm, residual_out))
+                return result
+            if type(out) is not AddRMSNorm:
+                raise TypeError("out: expected an AddRMSNorm")
+            norm, residual_out = out
+            while not self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out):
+                pass
+            return out
         except BaseException as error:
             raise self._translate(error) from None
 
@@ -124,33 +131,47 @@ class NativeCollectives(abc.ABC):
         group_size: int,
         emit_norm: bool,
         scale_layout: ScaleLayout,
+        out: AddRMSNormQuant | None = None,
     ) -> AddRMSNormQuant:
-        """All-reduce + add + RMSNorm + per-group quantisation in one launch."""
+        """All-reduce + add + RMSNorm + per-group quantisation in one launch, into out if given."""
         key = (eps, weight_bias, group_size, emit_norm, scale_layout)
         call = self._norm_calls.get(key) or self._prepare(*key)
         if (before_call := self._before_call) is not None:
             before_call()
         try:
-            fp8, scale, residual_out, norm, done = self._comm_allreduce_rmsnorm_quant(call, x, residual, weight)
-            while not done:
-                done = self._comm_allreduce_rmsnorm_quant_out(call, x, residual, weight, fp8, scale, residual_out, norm)
-            result: AddRMSNormQuant = _new(AddRMSNormQuant, (fp8, scale, residual_out, norm, scale_layout))
-            return result
+            quant_out = self._comm_allreduce_rmsnorm_quant_out
+            if out is None:
+                fp8, scale, residual_out, norm, done = self._comm_allreduce_rmsnorm_quant(call, x, residual, weight)
+                while not done:
+                    done = quant_out(call, x, residual, weight, fp8, scale, residual_out, norm)
+                result: AddRMSNormQuant = _new(AddRMSNormQuant, (fp8, scale, residual_out, norm, scale_layout))
+                return result
+            if type(out) is not AddRMSNormQuant or out[4] is not scale_layout:
+                raise TypeError("out: expected an AddRMSNormQuant of scale_layout")
+            fp8, scale, residual_out, norm, _ = out
+            while not quant_out(call, x, residual, weight, fp8, scale, residual_out, norm):
+                pass
+            return out
         except BaseException as error:
             raise self._translate(error) from None
 
-    def _prepare(
-        self, eps: float, weight_bias: float, group_size: int, emit_norm: bool, scale_layout: ScaleLayout
-    ) -> int:
-        """The address of a NormCall, which is kept."""
+    def _prepare(self, eps: float, weight_bias: float, *quant: Any) -> int:
+        """The address of a NormCall, which is kept. ``quant``: group_size, emit_norm, scale_layout; or nothing."""
         # A tensor is a number as well: it is looked at now, and never found again.
-        key = (float(eps), float(weight_bias), operator.index(group_size), bool(emit_norm), scale_layout)
+        numbers: tuple[Any, ...] = (float(eps), float(weight_bias))
+        key, flags = numbers, (False, False)
+        if quant:
+            group_size, emit_norm, scale_layout = quant
+            flags = _LAYOUT_FLAGS[scale_layout]
+            numbers = (*numbers, operator.index(group_size), bool(emit_norm))
+            key = (*numbers, scale_layout)
         if address := self._norm_calls.get(key):
             return address
         if len(self._kept) >= _MAX_NORM_CALLS:
             self._norm_calls.clear()
             self._kept.clear()
-        call = NormCall(self._handle, *key[:4], *_LAYOUT_FLAGS[scale_layout])
+        call = NormCall(self._handle, *numbers)
+        call.column_major, call.packed = flags
         self._kept.append(call)
         address = self._norm_calls[key] = ctypes.addressof(call)
         return address

@@ -9,26 +9,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from fusedcomm.comm import process_group
 from fusedcomm.comm.aiter import AiterCollectives
+from fusedcomm.comm.arguments import check_norm_call, check_quant_call, check_sum_call
 from fusedcomm.comm.local import LocalOps
 from fusedcomm.comm.movement import DataMovement
 from fusedcomm.comm.native_collectives import NativeCollectives
 from fusedcomm.comm.plan import FUSED_HIDDEN_ON_GPU, STAGES_OF, Facts, Plan, Stage, choose_plan
-from fusedcomm.ops.checks import (
-    GROUP_SIZES,
-    MAX_NORM_HIDDEN,
-    check_device,
-    check_group_size,
-    check_norm,
-    check_out,
-    check_scale_layout,
-    check_x,
-)
-from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
+from fusedcomm.errors import GroupBrokenError
+from fusedcomm.ops.checks import GROUP_SIZES, MAX_NORM_HIDDEN
+from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, GroupQuant, ScaleLayout
 
 _MAX_CACHED_PLANS = 1024
 
@@ -45,7 +39,9 @@ class StagedCollectives(DataMovement):
         self._direct_sum: NativeCollectives | None = None
         self._direct_norm: NativeCollectives | None = None
         self._direct_quant: NativeCollectives | None = None
-        # On GPUs: the last dimensions for which norms go straight to the kernels. None: any.
+        # On GPUs: the last dimensions that the kernels of norms take. None: any.
+        self._fused_hidden: range | None = None
+        # The same as soon as a call had another one. Until then the hot path does not look: the kernels refuse it.
         self._direct_hidden: range | None = None
         self._stats: dict[str, int] = defaultdict(int)
 
@@ -70,11 +66,11 @@ class StagedCollectives(DataMovement):
                 return result
             except BaseException as error:
                 self._fail(error)
-                _check_sum(x, out, self.device)
+                check_sum_call(x, out, self.device)
                 raise
             finally:
                 self._guard.lock.release()
-        _check_sum(x, out, self.device)
+        check_sum_call(x, out, self.device)
         plan = self._plan("all_reduce", x)
         result = self._run("all_reduce", x, None, self._sum, plan, x, out)
         self._stats[plan.counter] += 1
@@ -88,6 +84,7 @@ class StagedCollectives(DataMovement):
         eps: float,
         *,
         weight_bias: float = 0.0,
+        out: AddRMSNorm | None = None,
     ) -> AddRMSNorm | None:
         """All-reduce, residual addition and RMSNorm in one launch; None where no fused kernel is eligible.
 
@@ -100,6 +97,9 @@ class StagedCollectives(DataMovement):
             weight: ``[H]``, dtype of x or fp32.
             eps: added to the mean of squares; >= 0.
             weight_bias: added to the weight (1 for Gemma).
+            out: written and returned; both like x, contiguous (on GPUs aligned to 16 bytes), and apart from each other
+                and from the inputs, but that either may be x or the residual itself: ``out.residual`` the residual and
+                ``out.norm`` x, as a rule. Without it both are allocated.
 
         Returns:
             ``norm`` and the new ``residual``, both like x.
@@ -108,29 +108,7 @@ class StagedCollectives(DataMovement):
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
-        direct = self._direct_norm
-        if direct is not None and self._guard.lock.acquire(False):
-            try:
-                hidden = self._direct_hidden
-                if hidden is None or x.shape[-1] in hidden:
-                    result = direct.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
-                    self._stats["allreduce_rmsnorm.fused_norm"] += 1
-                    return result
-            except BaseException as error:
-                self._fail(error)
-                _check_norm(x, residual, weight, eps, weight_bias, self.device)
-                raise
-            finally:
-                self._guard.lock.release()
-        _check_norm(x, residual, weight, eps, weight_bias, self.device)
-        plan = self._plan("allreduce_rmsnorm", x)
-        if plan.stage is not Stage.FUSED_NORM:
-            self._guard.check()
-            return None
-        arguments = (x, residual, weight, eps, weight_bias)
-        result = self._run("allreduce_rmsnorm", x, None, self._fused_norm, plan, *arguments)
-        self._stats[plan.counter] += 1
-        return result
+        return self._norm_fused(x, residual, weight, eps, weight_bias, out)
 
     def fused_allreduce_rmsnorm_quant_per_group(
         self,
@@ -143,6 +121,7 @@ class StagedCollectives(DataMovement):
         emit_bf16: bool = False,
         scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
         weight_bias: float = 0.0,
+        out: AddRMSNormQuant | None = None,
     ) -> AddRMSNormQuant | None:
         """As fused_allreduce_rmsnorm, with per-group FP8 quantisation in the same launch; None where not eligible.
 
@@ -151,12 +130,15 @@ class StagedCollectives(DataMovement):
             group_size: 32, 64, 128 or 256; divides H.
             emit_bf16: also return the normed rows as ``norm``.
             scale_layout: see ScaleLayout.
+            out: written and returned; of the shapes, dtypes and strides of a result without it (``out.norm`` is None
+                unless ``emit_bf16``), its ``scale_layout`` this one. ``out.residual`` and ``out.norm`` may be inputs as
+                for fused_allreduce_rmsnorm; ``out.fp8`` and ``out.scale`` are apart from everything.
 
         Raises:
             ValueError: a bad argument, before anything is sent.
             GroupBrokenError: as for all_reduce.
         """
-        return self._quant_fused(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        return self._quant_fused(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
 
     def allreduce_rmsnorm(
         self,
@@ -166,10 +148,12 @@ class StagedCollectives(DataMovement):
         eps: float,
         *,
         weight_bias: float = 0.0,
+        out: AddRMSNorm | None = None,
     ) -> AddRMSNorm:
         """As fused_allreduce_rmsnorm, by the fastest stage that is eligible: it always completes."""
-        fused = self.fused_allreduce_rmsnorm(x, residual, weight, eps, weight_bias=weight_bias)
-        return self._norm_staged(x, residual, weight, eps, weight_bias) if fused is None else fused
+        # by position, and what the hot path does not need is elsewhere: names and closures cost a microsecond
+        fused = self._norm_fused(x, residual, weight, eps, weight_bias, out)
+        return self._norm_staged(x, residual, weight, eps, weight_bias, out) if fused is None else fused
 
     def allreduce_rmsnorm_quant(
         self,
@@ -182,13 +166,47 @@ class StagedCollectives(DataMovement):
         emit_bf16: bool = False,
         scale_layout: ScaleLayout = ScaleLayout.ROW_MAJOR,
         weight_bias: float = 0.0,
+        out: AddRMSNormQuant | None = None,
     ) -> AddRMSNormQuant:
         """As fused_allreduce_rmsnorm_quant_per_group, by the fastest stage that is eligible: it always completes."""
-        # by position, and what the hot path does not need is elsewhere: names and closures cost a microsecond
-        fused = self._quant_fused(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        fused = self._quant_fused(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
         if fused is not None:
             return fused
-        return self._quant_staged(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        return self._quant_staged(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
+
+    def _norm_fused(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        weight_bias: float,
+        out: AddRMSNorm | None,
+    ) -> AddRMSNorm | None:
+        direct = self._direct_norm
+        if direct is not None and self._guard.lock.acquire(False):
+            try:
+                hidden = self._direct_hidden
+                if hidden is None or x.shape[-1] in hidden:
+                    result = direct.allreduce_rmsnorm(x, residual, weight, eps, weight_bias, out)
+                    self._stats["allreduce_rmsnorm.fused_norm"] += 1
+                    return result
+            except BaseException as error:
+                self._fail(error)
+                check_norm_call(x, residual, weight, eps, weight_bias, out, self.device)
+                if not self._was_too_long(x, error):
+                    raise
+            finally:
+                self._guard.lock.release()
+        check_norm_call(x, residual, weight, eps, weight_bias, out, self.device)
+        plan = self._plan("allreduce_rmsnorm", x)
+        if plan.stage is not Stage.FUSED_NORM:
+            self._guard.check()
+            return None
+        arguments = (x, residual, weight, eps, weight_bias, out)
+        result = self._run("allreduce_rmsnorm", x, None, self._fused_norm, plan, *arguments)
+        self._stats[plan.counter] += 1
+        return result
 
     def _norm_staged(
         self,
@@ -197,12 +215,13 @@ class StagedCollectives(DataMovement):
         weight: torch.Tensor,
         eps: float,
         weight_bias: float,
+        out: AddRMSNorm | None,
     ) -> AddRMSNorm:
         plan = self._plan("allreduce_rmsnorm", x)
 
         def staged() -> AddRMSNorm:
             total = self._sum(plan, x)
-            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
+            return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias, out=out)
 
         result = self._run("allreduce_rmsnorm", x, None, staged)
         self._stats[plan.counter] += 1
@@ -218,6 +237,7 @@ class StagedCollectives(DataMovement):
         group_size: int,
         emit_bf16: bool,
         scale_layout: ScaleLayout,
+        out: AddRMSNormQuant | None,
     ) -> AddRMSNormQuant | None:
         direct = self._direct_quant
         if direct is not None and self._guard.lock.acquire(False):
@@ -225,23 +245,24 @@ class StagedCollectives(DataMovement):
                 hidden = self._direct_hidden
                 if hidden is None or x.shape[-1] in hidden:
                     result = direct.allreduce_rmsnorm_quant(
-                        x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
+                        x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out
                     )
                     self._stats["allreduce_rmsnorm_quant.fused"] += 1
                     return result
             except BaseException as error:
                 self._fail(error)
-                _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout, self.device)
-                raise
+                self._check_quant(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
+                if not self._was_too_long(x, error):
+                    raise
             finally:
                 self._guard.lock.release()
-        _check_norm_quant(x, residual, weight, eps, weight_bias, group_size, scale_layout, self.device)
+        self._check_quant(x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
         op = "allreduce_rmsnorm_quant"
         plan = self._plan(op, x, group_size)
         if plan.stage is not Stage.FUSED:
             self._guard.check()
             return None
-        arguments = (x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        arguments = (x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
         result = self._run(op, x, group_size, self._fused_quant, plan, *arguments)
         self._stats[plan.counter] += 1
         return result
@@ -256,31 +277,54 @@ class StagedCollectives(DataMovement):
         group_size: int,
         emit_bf16: bool,
         scale_layout: ScaleLayout,
+        out: AddRMSNormQuant | None,
     ) -> AddRMSNormQuant:
         op = "allreduce_rmsnorm_quant"
         plan = self._plan(op, x, group_size)
 
         def staged() -> AddRMSNormQuant:
-            if plan.stage is Stage.FUSED_NORM:
-                norm, residual_out = self._fused_norm(plan, x, residual, weight, eps, weight_bias)
-                fp8, scale, _ = self._local.per_group_quant_fp8(norm, group_size=group_size, scale_layout=scale_layout)
-                return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
-            return self._norm_quant(
-                self._sum(plan, x), residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
+            if plan.stage is not Stage.FUSED_NORM:
+                total = self._sum(plan, x)
+                return self._norm_quant(
+                    total, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out
+                )
+            into = rows = None
+            if out is not None:
+                into = AddRMSNorm(x.new_empty(x.shape) if out.norm is None else out.norm, out.residual)
+                rows = GroupQuant(out.fp8, out.scale, scale_layout)
+            norm, residual_out = self._fused_norm(plan, x, residual, weight, eps, weight_bias, into)
+            fp8, scale, _ = self._local.per_group_quant_fp8(
+                norm, group_size=group_size, scale_layout=scale_layout, out=rows
             )
+            if out is not None:
+                return out
+            return AddRMSNormQuant(fp8, scale, residual_out, norm if emit_bf16 else None, scale_layout)
 
         result = self._run(op, x, group_size, staged)
         self._stats[plan.counter] += 1
         return result
 
+    def _check_quant(self, *arguments: Any) -> None:
+        check_quant_call(*arguments, device=self.device, fp8_dtype=self._local.fp8_dtype)
+
+    def _was_too_long(self, x: torch.Tensor, error: BaseException) -> bool:
+        """Whether the kernels refused rows for their length alone: these go by the plan, and from now on H is looked at
+        before."""
+        if self._fused_hidden is None or x.shape[-1] in self._fused_hidden:
+            return False
+        if isinstance(error, GroupBrokenError) or not isinstance(error, RuntimeError):
+            return False
+        self._direct_hidden = self._fused_hidden
+        return True
+
     def _go_direct(self) -> None:
         """Takes the plan off the hot path: where the first stage of an operation serves every shape, calls go straight
         to the kernels. Not where calls are compared first, or some go to aiter. On GPUs every shape means every H that
-        the kernels take, and the hot path looks at H."""
+        the kernels take; they refuse others."""
         if self._custom is None or self._aiter is not None or self._guard.compare_calls:
             return
-        self._direct_hidden = FUSED_HIDDEN_ON_GPU if self.device.type == "cuda" else None
-        largest = torch.Size((1, MAX_NORM_HIDDEN if self._direct_hidden is None else self._direct_hidden[-1]))
+        self._fused_hidden = FUSED_HIDDEN_ON_GPU if self.device.type == "cuda" else None
+        largest = torch.Size((1, MAX_NORM_HIDDEN if self._fused_hidden is None else self._fused_hidden[-1]))
         direct = {
             op: self._custom
             for op, stages in STAGES_OF.items()
@@ -340,12 +384,13 @@ class StagedCollectives(DataMovement):
         weight: torch.Tensor,
         eps: float,
         weight_bias: float,
+        out: AddRMSNorm | None,
     ) -> AddRMSNorm:
         server = self._server(plan)
         if server is not None:
-            return server.allreduce_rmsnorm(x, residual, weight, eps, weight_bias)
+            return server.allreduce_rmsnorm(x, residual, weight, eps, weight_bias, out)
         total = self._sum(plan, x)  # one rank
-        return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias)
+        return self._local.fused_add_rms_norm(total, residual, weight, eps, weight_bias=weight_bias, out=out)
 
     def _fused_quant(
         self,
@@ -358,14 +403,15 @@ class StagedCollectives(DataMovement):
         group_size: int,
         emit_bf16: bool,
         scale_layout: ScaleLayout,
+        out: AddRMSNormQuant | None,
     ) -> AddRMSNormQuant:
         server = self._server(plan)
         if server is not None:
             return server.allreduce_rmsnorm_quant(
-                x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout
+                x, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out
             )
         total = self._sum(plan, x)  # one rank
-        return self._norm_quant(total, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout)
+        return self._norm_quant(total, residual, weight, eps, weight_bias, group_size, emit_bf16, scale_layout, out)
 
     def _norm_quant(
         self,
@@ -377,6 +423,7 @@ class StagedCollectives(DataMovement):
         group_size: int,
         emit_bf16: bool,
         scale_layout: ScaleLayout,
+        out: AddRMSNormQuant | None,
     ) -> AddRMSNormQuant:
         return self._local.fused_add_rms_norm_quant(
             total,
@@ -387,42 +434,5 @@ class StagedCollectives(DataMovement):
             emit_bf16=emit_bf16,
             scale_layout=scale_layout,
             weight_bias=weight_bias,
+            out=out,
         )
-
-
-def _check_sum(x: torch.Tensor, out: torch.Tensor | None, device: torch.device) -> None:
-    check_x(x)
-    check_device(x, device)
-    if out is not None:
-        check_out(out, x, "out")
-        # a piece of the result would overwrite a piece of x that has not been sent
-        if x.is_contiguous() and 0 < abs(out.data_ptr() - x.data_ptr()) < x.nbytes:
-            raise ValueError("out: expected x itself, or memory apart from it, got a tensor that overlaps x")
-
-
-def _check_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    weight_bias: float,
-    device: torch.device,
-) -> None:
-    check_x(x)
-    check_device(x, device)
-    check_norm(x, residual, weight, eps, weight_bias)
-
-
-def _check_norm_quant(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    weight_bias: float,
-    group_size: int,
-    scale_layout: ScaleLayout,
-    device: torch.device,
-) -> None:
-    _check_norm(x, residual, weight, eps, weight_bias, device)
-    check_group_size(x.shape[-1], group_size)
-    check_scale_layout(scale_layout)

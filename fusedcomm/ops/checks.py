@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -72,6 +73,24 @@ def check_out(t: torch.Tensor, x: torch.Tensor, name: str) -> None:
     check_like(t, x, name)
     if not t.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {t.stride()}")
+
+
+def check_apart(t: torch.Tensor, name: str, others: Mapping[str, torch.Tensor], *, or_same: bool = False) -> None:
+    """An output shares no memory with the others; ``or_same``: or it begins where one does, all of them being alike."""
+    for other_name, other in others.items():
+        begin, other_begin = t.data_ptr(), other.data_ptr()
+        if or_same and begin == other_begin:
+            continue
+        if begin < other_begin + _extent_bytes(other) and other_begin < begin + _extent_bytes(t):
+            allowed = f"{other_name} itself, or memory apart from it" if or_same else f"memory apart from {other_name}"
+            raise ValueError(f"{name}: expected {allowed}, got a tensor that overlaps {other_name}")
+
+
+def _extent_bytes(t: torch.Tensor) -> int:
+    """From the first element to the end of the last one."""
+    if t.numel() == 0:
+        return 0
+    return (1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
 
 
 def check_group_size(hidden: int, group_size: int) -> None:

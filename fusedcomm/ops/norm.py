@@ -70,7 +70,7 @@ def fused_add_rms_norm(
     """
     check_norm(x, residual, weight, eps, weight_bias)
     if out is not None:
-        _check_norm_out(x, out.norm, out.residual)
+        check_rows_out(x, out.norm, out.residual)
     return run_add_rms_norm(local_operators(x.device.type), x, residual, weight, eps, weight_bias, out)
 
 
@@ -88,7 +88,7 @@ def run_add_rms_norm(
     if out is None:
         return AddRMSNorm(*operators.fused_add_rms_norm(x, residual, weight, eps, weight_bias))
     operators.fused_add_rms_norm_out(x, residual, weight, eps, weight_bias, *out)
-    return AddRMSNorm(*out)
+    return out
 
 
 def fused_add_rms_norm_quant(
@@ -124,10 +124,8 @@ def fused_add_rms_norm_quant(
     x = x.contiguous()
     if out is not None:
         check_quant_out(x, group_size, scale_layout, fp8_dtype, GroupQuant(out.fp8, out.scale, scale_layout))
-        if (out.norm is not None) != emit_bf16:
-            got = "None" if out.norm is None else "a tensor"
-            raise ValueError(f"out.norm: expected a tensor exactly if emit_bf16, got {got} with emit_bf16={emit_bf16}")
-        _check_norm_out(x, out.norm, out.residual)
+        check_emitted(out.norm, emit_bf16)
+        check_rows_out(x, out.norm, out.residual)
     return run_add_rms_norm_quant(
         local_operators(x.device.type),
         x,
@@ -179,7 +177,15 @@ def _contiguous(
     return x.contiguous(), None if residual is None else residual.contiguous(), weight.contiguous()
 
 
-def _check_norm_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.Tensor) -> None:
+def check_emitted(norm: torch.Tensor | None, emit_bf16: bool) -> None:
+    """There is a tensor for the normed rows exactly if they are emitted."""
+    if (norm is not None) != bool(emit_bf16):
+        got = "None" if norm is None else "a tensor"
+        raise ValueError(f"out.norm: expected a tensor exactly if emit_bf16, got {got} with emit_bf16={emit_bf16}")
+
+
+def check_rows_out(x: torch.Tensor, norm: torch.Tensor | None, residual: torch.Tensor) -> None:
+    """The outputs that are like x, where there are any."""
     check_out(residual, x, "out.residual")
     if norm is None:
         return

@@ -34,9 +34,11 @@ def check_quant_out(
     x: torch.Tensor, group_size: int, scale_layout: ScaleLayout, fp8_dtype: torch.dtype, out: GroupQuant
 ) -> None:
     """The caller's ``fp8`` and ``scale`` have the shape, dtype and strides that empty_quant would give them."""
-    like = torch.empty_like(x, device="meta")
+    like = torch.empty(x.shape, dtype=x.dtype, device="meta")
     expected = empty_quant(like, group_size, *layout_flags(scale_layout, fp8_dtype))
     for name, want, got in zip(("out.fp8", "out.scale"), expected, (out.fp8, out.scale), strict=True):
+        if not isinstance(got, torch.Tensor):
+            raise ValueError(f"{name}: expected a torch.Tensor, got {type(got).__name__}")
         facts = (tuple(want.shape), want.dtype, want.stride(), x.device)
         if (tuple(got.shape), got.dtype, got.stride(), got.device) != facts:
             raise ValueError(

@@ -17,7 +17,7 @@ from harness import RankPool
 from ranked import bits, check_all_reduce, raises, works
 
 import fusedcomm
-from fusedcomm import GroupClosedError, GroupCoordinator, ScaleLayout, Settings
+from fusedcomm import AddRMSNorm, AddRMSNormQuant, GroupClosedError, GroupCoordinator, ScaleLayout, Settings
 
 X = torch.ones(4, 256, dtype=torch.bfloat16)
 W = torch.ones(256, dtype=torch.bfloat16)
@@ -107,6 +107,82 @@ QUANT_CASES: Cases = [
     ({"scale_layout": None}, ("scale_layout: expected a ScaleLayout", "got None")),
 ]
 
+BASE = torch.empty(8, 256, dtype=torch.bfloat16)
+ROW, COLUMN = ScaleLayout.ROW_MAJOR, ScaleLayout.COLUMN_MAJOR
+FP8, SCALE = torch.empty(4, 256, dtype=torch.float8_e4m3fn), torch.empty(4, 2)
+
+
+def rows() -> torch.Tensor:
+    return torch.empty_like(X)
+
+
+def into(**fields: Any) -> dict[str, Any]:
+    """An out that is right but for these fields."""
+    right = {"fp8": FP8, "scale": SCALE, "residual": rows(), "norm": rows(), "scale_layout": ROW}
+    return {"out": AddRMSNormQuant(**{**right, **fields})}
+
+
+# those that are like x: of both operations
+ROWS_OUT_CASES: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    *(
+        ({name: arguments["out"]}, tuple(part.replace("out:", f"out.{name}:") for part in parts))
+        for name in ("norm", "residual")
+        for arguments, parts in OUT_CASES
+    ),
+    ({"norm": None, "residual": None}, ("out.residual: expected a torch.Tensor", "got NoneType")),
+    ({"norm": BASE[:4], "residual": BASE[2:6]}, ("out.norm: expected memory apart from out.residual",)),
+    ({"norm": BASE[:4], "residual": BASE[:4]}, ("out.norm: expected another tensor than out.residual",)),
+]
+# x and the residual are BASE[2:6] and [4:8]
+OVERLAPS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"norm": BASE[:4]}, ("out.norm: expected x itself, or memory apart from it", "overlaps x")),
+    ({"residual": BASE[1:5]}, ("out.residual: expected x itself", "overlaps x")),
+]
+QUANT_OUT_CASES: Cases = [
+    (into(fp8=torch.empty(4, 255, dtype=torch.float8_e4m3fn)), ("out.fp8: expected shape (4, 256)", "got (4, 255)")),
+    (into(fp8=FP8.view(2, 2, 256)), ("out.fp8: expected shape (4, 256)", "got (2, 2, 256)")),
+    (into(fp8=FP8.view(torch.uint8)), ("out.fp8: expected", "torch.float8_e4m3fn", "torch.uint8")),
+    (into(fp8=FP8.view(torch.float8_e4m3fnuz)), ("out.fp8: expected", "float8_e4m3fnuz")),
+    (into(fp8=FP8.to("meta")), ("out.fp8: expected", "on meta")),
+    (into(fp8=None), ("out.fp8: expected a torch.Tensor", "got NoneType")),
+    (into(scale=torch.empty(4, 3)), ("out.scale: expected shape (4, 2)", "got (4, 3)")),
+    (into(scale=torch.empty(4, 2, dtype=torch.int32)), ("out.scale: expected", "torch.float32", "torch.int32")),
+    (into(scale=torch.empty(2, 4).t()), ("out.scale: expected", "strides (2, 1)", "(1, 4)")),
+    (into(scale=SCALE.t().contiguous().t(), scale_layout=COLUMN), ("out.scale_layout: expected", "COLUMN_MAJOR")),
+    ({**into(scale_layout=COLUMN), "scale_layout": COLUMN}, ("out.scale: expected", "strides (1, 4)", "(2, 1)")),
+    ({**into(scale_layout=COLUMN), "scale_layout": ScaleLayout.UE8M0_PACKED}, ("out.scale_layout: expected",)),
+    (into(norm=None), ("out.norm: expected a tensor exactly if emit_bf16", "got None")),
+    ({**into(), "emit_bf16": False}, ("out.norm: expected a tensor exactly if emit_bf16", "got a tensor")),
+    (into(fp8=BASE.view(torch.float8_e4m3fn)[:2].view(4, 256), norm=BASE[:4]), ("out.fp8: expected memory apart",)),
+    (into(scale=BASE[1].view(torch.float32)[:8].view(4, 2), norm=BASE[:4]), ("out.scale: expected memory apart",)),
+    (into(fp8=X.view(torch.float8_e4m3fn)[:2].view(4, 256)), ("out.fp8: expected memory apart from x",)),
+    (into(scale=SCALE, fp8=SCALE.new_empty(256).view(torch.float8_e4m3fn).view(4, 256), residual=W), ("out.residual",)),
+    ({"out": AddRMSNorm(rows(), rows())}, ("out: expected an AddRMSNormQuant", "got AddRMSNorm")),
+    ({"out": (FP8, SCALE, rows(), None)}, ("out: expected an AddRMSNormQuant", "got tuple")),
+]
+NORM_OUT_CASES: Cases = [
+    ({"out": (rows(), rows())}, ("out: expected an AddRMSNorm, got tuple",)),
+    ({"out": rows()}, ("out: expected an AddRMSNorm, got Tensor",)),
+    ({"out": into()["out"]}, ("out: expected an AddRMSNorm, got AddRMSNormQuant",)),
+]
+
+
+def fused_out_cases(name: str) -> Cases:
+    """Those of an operation of ``norms``."""
+    quant = "quant" in name
+    cases = list(QUANT_OUT_CASES if quant else NORM_OUT_CASES)
+    read = {"x": BASE[2:6], "r": BASE[4:8]}
+    for given, known in ((ROWS_OUT_CASES, {}), (OVERLAPS, read)):
+        for fields, parts in given:
+            if quant:
+                cases.append(({**into(**fields), **known, "emit_bf16": fields.get("norm", 1) is not None}, parts))
+            else:
+                out = AddRMSNorm(**{"norm": rows(), "residual": rows(), **fields})
+                if out.norm is not None:
+                    cases.append(({"out": out, **known}, parts))
+    return cases
+
+
 SETTINGS = {
     "fused": Settings(),
     "staged": Settings(disable_fused_ar_norm=True, disable_fused_ar_quant=True),
@@ -130,6 +206,7 @@ def every_bad_argument(settings: Settings) -> None:
             cases += [
                 (name, call, case) for name, call in norms(group).items() if "quant" in name for case in QUANT_CASES
             ]
+            cases += [(name, call, case) for name, call in norms(group).items() for case in fused_out_cases(name)]
             for number, (name, call, (arguments, parts)) in enumerate(cases):
                 if group.rank == number % group.world_size:
                     try:
@@ -160,6 +237,9 @@ def by_all_ranks() -> None:
             raises(ValueError, lambda arguments=arguments: group.all_reduce(**arguments), *parts)
         for arguments, parts in NORM_CASES:
             raises(ValueError, lambda arguments=arguments: norms(group)["allreduce_rmsnorm"](**arguments), *parts)
+        for name, call in norms(group).items():
+            for arguments, parts in fused_out_cases(name):
+                raises(ValueError, lambda call=call, arguments=arguments: call(**arguments), *parts)
         works(group)
         assert "open" in repr(group)
 
@@ -174,8 +254,8 @@ def bad_for_one() -> None:
             raises(ValueError, lambda arguments=arguments: group.all_reduce(**arguments), *parts)
         for arguments, parts in OUT_CASES:
             raises(ValueError, lambda arguments=arguments: group.all_reduce(X, **arguments), *parts)
-        for call in norms(group).values():
-            for arguments, parts in NORM_CASES:
+        for name, call in norms(group).items():
+            for arguments, parts in [*NORM_CASES, *fused_out_cases(name)]:
                 raises(ValueError, lambda call=call, arguments=arguments: call(**arguments), *parts)
         works(group)
 

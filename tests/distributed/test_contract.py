@@ -87,6 +87,19 @@ def test_out_forms(ranks: RankPool) -> None:
     ranks(3).run(contract.out_forms)
 
 
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_out_forms_of_fused_collectives(ranks: RankPool, world_size: int) -> None:
+    ranks(world_size).run(contract.fused_out_forms, timeout=180)
+
+
+def test_out_forms_at_world_size_one() -> None:
+    contract.fused_out_forms()
+
+
+def test_out_of_fused_methods_that_return_none(ranks: RankPool) -> None:
+    ranks(2).run(contract.fused_out_or_none)
+
+
 def test_inputs_that_are_not_contiguous(ranks: RankPool) -> None:
     ranks(2).run(contract.strided_inputs)
 

@@ -17,6 +17,8 @@ BODIES = [
     contract.process_group_within_reason,
     contract.fused_or_none,
     contract.out_forms,
+    contract.fused_out_forms,
+    contract.fused_out_or_none,
     contract.strided_inputs,
 ]
 API = [contract.module_functions, contract.counters, contract.explanations]

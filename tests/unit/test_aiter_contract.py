@@ -24,7 +24,7 @@ from fusedcomm.comm.local import local_ops
 from fusedcomm.env import Settings
 from fusedcomm.errors import SettingError
 from fusedcomm.ops import reference
-from fusedcomm.ops.types import ScaleLayout
+from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 RANKS = [0, 1]
 DEVICE = torch.device("cpu")
@@ -480,6 +480,28 @@ def test_allreduce_rmsnorm_quant(
         assert calls == [(1234, 4096, 1 << 30, message <= 128 << 10)]
     if expected.norm is not None:
         torch.testing.assert_close(result.norm, expected.norm, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("layout", list(ScaleLayout))
+def test_results_into_given_tensors(install: Install, layout: ScaleLayout) -> None:
+    """Inputs among them: what aiter reads is not written before it is done."""
+    install()
+    group, weight = make_collectives(), draw(1024)
+    x, residual = draw(6, 1024), draw(6, 1024).flip(0)
+    pair = group.allreduce_rmsnorm(x, residual, weight, 1e-5, 0.0)
+    arguments = (weight, 1e-5, 0.0, 64, True, layout)
+    full = group.allreduce_rmsnorm_quant(x, residual, *arguments)
+    own_x, own_residual = x.clone(), residual.clone()
+    into = AddRMSNorm(own_x, own_residual)
+    assert group.allreduce_rmsnorm(own_x, own_residual, weight, 1e-5, 0.0, into) is into
+    assert torch.equal(own_x, pair.norm)
+    assert torch.equal(own_residual, pair.residual)
+    own_x, own_residual = x.clone(), residual.clone()
+    out = AddRMSNormQuant(torch.zeros_like(full.fp8), torch.zeros_like(full.scale), own_residual, own_x, layout)
+    assert group.allreduce_rmsnorm_quant(own_x, own_residual, *arguments, out) is out
+    for name in ("scale", "residual", "norm"):
+        assert torch.equal(getattr(out, name), getattr(full, name))
+    assert torch.equal(out.fp8.view(torch.uint8), full.fp8.view(torch.uint8))
 
 
 def test_an_exception_of_aiter_is_raised(install: Install) -> None:
