@@ -183,6 +183,13 @@ def test_host_cost_is_the_slowest_ranks() -> None:
     assert seconds == pytest.approx(6e-6)
 
 
+def test_host_cost_of_another_form() -> None:
+    device, ranks = FakeDevice(), FakeRanks()
+    case, slower = FakeCase(device, 2e-6), FakeCase(device, 3e-6)
+    seconds = harness.host_seconds(case, device, ranks, clock=lambda: device.now, call=slower.call)
+    assert seconds == pytest.approx(3e-6)
+
+
 class FakeLoad:
     """Slows cases down while it runs; it may be short at first."""
 
@@ -452,6 +459,23 @@ def test_ours_on_one_rank(op: str, group: fusedcomm.GroupCoordinator) -> None:
     case.reset()
     with pytest.raises(WrongResultError):
         case.check()  # poisoned
+    before = group.stats()
+    case.call_new(1)
+    assert sum(group.stats().values()) > sum(before.values())
+    with pytest.raises(WrongResultError):
+        case.check()  # into other tensors
+
+
+def test_ours_writes_to_the_tensors_of_each_set(group: fusedcomm.GroupCoordinator) -> None:
+    shape = make_shape(sets=3)
+    for kind in (ours.OurNorm, ours.OurFused):
+        case: Any = kind(group, shape, None)
+        pointers = [t.data_ptr() for out in case.outs for t in out if isinstance(t, torch.Tensor)]
+        assert len(set(pointers)) == len(pointers)
+        run_case(case, 5)
+        assert case.last == 1
+        assert bool(case.outs[2].residual.isfinite().all())
+        assert pointers == [t.data_ptr() for out in case.outs for t in out if isinstance(t, torch.Tensor)]
 
 
 def test_an_algorithm_that_was_not_taken_is_absent(group: fusedcomm.GroupCoordinator) -> None:
@@ -564,6 +588,9 @@ def test_records_of_a_run(job: OneRankJob) -> None:
         (ALL_REDUCE, "copy", 1),
         *((op, "ours", 1) for op in OPS),
     }
+    allocating = {(r["op"], r["peer"]) for r in records if r.get("host_alloc_us", 0) > 0}
+    assert allocating == {(op, "ours") for op in OPS}
+    assert not [r for r in records if "host_us" in r and "host_alloc_us" in r]
 
 
 TINY = dataclasses.replace(
@@ -712,7 +739,9 @@ def test_host_and_load_bars() -> None:
     host = record(host_us=7.0)
     load = record(alone_us=4.0, loaded_us=6.0)
     del host["us"], load["us"]
-    verdicts = {v.measured: v.is_met for v in judge([host, load, {**host, "peer": "nccl+eager", "host_us": 90.0}])}
+    allocating = {k: v for k, v in host.items() if k != "host_us"} | {"host_alloc_us": 11.0}  # no target is on it
+    others = [allocating, {**host, "peer": "nccl+eager", "host_us": 90.0}]
+    verdicts = {v.measured: v.is_met for v in judge([host, load, *others])}
     assert verdicts == {"7.00 us": True, "1.50 (6.00 / 4.00 us)": False}
 
 
@@ -744,6 +773,7 @@ def test_report_and_plot(tmp_path: Path) -> None:
         record(op=NORM, peer="flashinfer:one_shot", us=8.0),
         *(record(peer=f"peer {i}", us=10.0 + i) for i in range(12)),
         host,
+        {k: v for k, v in host.items() if k != "host_us"} | {"host_alloc_us": 9.25},
         load,
         absent,
         decode_record("process_group", 9000.0),
@@ -752,7 +782,17 @@ def test_report_and_plot(tmp_path: Path) -> None:
     console = Console(width=200, record=True, file=(tmp_path / "out").open("w"))
     report.print_report(records, console)
     text = console.export_text()
-    for part in ("H 7168", "5.25", "2,000 (500.00)", "7.50", "6.00 (1.50)", "same bits", "off by 0.25", "50.0%"):
+    for part in (
+        "H 7168",
+        "5.25",
+        "2,000 (500.00)",
+        "7.50",
+        "9.25",
+        "6.00 (1.50)",
+        "same bits",
+        "off by 0.25",
+        "50.0%",
+    ):
         assert part in text
     assert "allreduce_rmsnorm_quant/nccl (H 4096, 1 tokens): ranks [of this run] share GPUs" in text
     assert "fused (4,000 us)" in text

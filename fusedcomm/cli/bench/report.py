@@ -44,6 +44,7 @@ def print_report(records: Sequence[Record], console: Console) -> None:
 
 _SMALL_TABLES = {
     "host_us": "µs that an eager call costs the host",
+    "host_alloc_us": "the same where the library allocates the results",
     "loaded_us": "µs a call beside a memory-bound kernel (over alone)",
 }
 

@@ -1,7 +1,8 @@
 """The entry of a rank process of ``fusedcomm bench collectives`` on GPUs; rank 0 writes the records.
 
 A record is a JSON line: the time of a case (``us``), the reason why it is ``absent``, what an eager call costs the host
-(``host_us``), or its time beside a memory-bound kernel (``loaded_us``).
+(``host_us``; ``host_alloc_us`` where the library allocates the results), or its time beside a memory-bound kernel
+(``loaded_us``).
 """
 
 from __future__ import annotations
@@ -126,9 +127,18 @@ def _shape_records(
         yield from _loaded(spec, job, [e for e in present if e.name != "copy" and "+eager" not in e.name], effort.calls)
     if tokens in spec.host_tokens and shape.case.hidden == spec.hidden[0]:
         for entry in present:
-            if entry.case is not None:
-                seconds = harness.host_seconds(entry.case, job.device, job)
-                yield {"op": entry.op, "peer": entry.name, "host_us": round(seconds * 1e6, 3)}
+            yield from _host(job, entry)
+
+
+def _host(job: GpuJob, entry: harness.Entry) -> Iterator[dict[str, Any]]:
+    case = entry.case
+    if case is None:
+        return
+    forms = {"host_us": case.call, "host_alloc_us": getattr(case, "call_new", None)}
+    for figure, call in forms.items():
+        if call is not None:
+            seconds = harness.host_seconds(case, job.device, job, call=call)
+            yield {"op": entry.op, "peer": entry.name, figure: round(seconds * 1e6, 3)}
 
 
 def _loaded(spec: Spec, job: GpuJob, entries: list[harness.Entry], calls: int) -> Iterator[dict[str, Any]]:

@@ -54,16 +54,30 @@ class LocalGroup:
         return x if out is None else out.copy_(x)
 
     def allreduce_rmsnorm(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, **options: Any
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        out: None = None,
+        **options: Any,
     ) -> AddRMSNorm:
-        """Add and norm."""
+        """Add and norm; layers give no ``out``."""
         result: AddRMSNorm = self._ops.fused_add_rms_norm(x, residual, weight, eps, **options)
         return result
 
     def allreduce_rmsnorm_quant(
-        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, **options: Any
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        out: None = None,
+        **options: Any,
     ) -> AddRMSNormQuant:
-        """Add, norm and quantise, in as many launches as the stage has beside its all-reduce."""
+        """Add, norm and quantise, in as many launches as the stage has beside its all-reduce; no ``out``."""
         if self.way != "fused_norm":
             result: AddRMSNormQuant = self._ops.fused_add_rms_norm_quant(x, residual, weight, eps, **options)
             return result

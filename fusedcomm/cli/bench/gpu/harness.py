@@ -145,12 +145,15 @@ def host_seconds(
     batches: int = 15,
     calls: int = 100,
     clock: Callable[[], float] | None = None,
+    call: Callable[[int], None] | None = None,
 ) -> float:
     """What an eager call costs the host that queues it, on the slowest rank: the median over batches of ``calls``.
 
-    A batch is short enough for the device's queue to take it, so the host never waits for the device.
+    ``call``: in place of the case's own. A batch is short enough for the device's queue to take it, so the host never
+    waits for the device.
     """
     clock = time.perf_counter if clock is None else clock
+    call = case.call if call is None else call
     samples = []
     for _ in range(batches):
         case.reset()
@@ -158,7 +161,7 @@ def host_seconds(
         device.finish()
         start = clock()
         for _ in range(calls):
-            case.call(0)
+            call(0)
         samples.append((clock() - start) / calls)
         device.finish()
     return max(ranks.of_all_ranks(statistics.median(samples)))

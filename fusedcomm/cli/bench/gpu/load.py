@@ -46,7 +46,7 @@ class MemoryLoad:
         self._launch(TRIAL_PASSES)
         end.record(self.stream)
         torch.cuda.synchronize(device)
-        self.pass_s = start.elapsed_time(end) * 1e-3 / TRIAL_PASSES
+        self.pass_s: float = start.elapsed_time(end) * 1e-3 / TRIAL_PASSES
 
     @property
     def gbytes_per_s(self) -> float:

@@ -1,17 +1,18 @@
 """This library on GPUs: as it is, by forced algorithm, and by stage.
 
-Results of the fused operations are new tensors, as every engine gets them; in a graph they come from its pool.
+Results are written into given tensors, those of each set of inputs. ``call_new`` lets the library allocate them: what
+that costs the host is measured beside.
 """
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 import fusedcomm
+from fusedcomm import platform
 from fusedcomm.cli.bench.cases import EPS, GROUP_SIZE
 from fusedcomm.cli.bench.gpu.harness import AbsentError, Case
 from fusedcomm.cli.bench.gpu.job import GpuJob
@@ -45,6 +46,10 @@ class _Ours(abc.ABC):
     def call(self, index: int) -> None: ...
 
     @abc.abstractmethod
+    def call_new(self, index: int) -> None:
+        """As call, into new tensors."""
+
+    @abc.abstractmethod
     def check(self) -> None: ...
 
     def facts(self) -> Mapping[str, object]:
@@ -64,7 +69,7 @@ class _Ours(abc.ABC):
 
 
 class OurAllReduce(_Ours):
-    """GroupCoordinator.all_reduce into a given result."""
+    """GroupCoordinator.all_reduce."""
 
     op = ALL_REDUCE
 
@@ -79,55 +84,70 @@ class OurAllReduce(_Ours):
         self.last = index % len(self.outs)
         self.group.all_reduce(self.shape.at(index).x, out=self.outs[self.last])
 
+    def call_new(self, index: int) -> None:
+        self.group.all_reduce(self.shape.at(index).x)
+
     def check(self) -> None:
         own = self.shape.at(self.last)
         (own.check_sum_equal if self.is_exact else own.check_sum_close)(self.outs[self.last])
 
 
-class _OurNew(_Ours):
-    """An operation whose results are new tensors; those of a graph stay where its capture put them."""
-
-    result: Any = None
-
-    def reset(self) -> None:
-        for tensor in self.result or ():
-            if isinstance(tensor, torch.Tensor):
-                poison(tensor)
-
-    def check(self) -> None:
-        if self.result is None:
-            raise ValueError("check: expected a call before it")
-        self.check_result()
-
-    @abc.abstractmethod
-    def check_result(self) -> None: ...
-
-
-class OurNorm(_OurNew):
+class OurNorm(_Ours):
     """GroupCoordinator.allreduce_rmsnorm."""
 
     op = NORM
 
+    def __init__(self, group: fusedcomm.GroupCoordinator, shape: Shape, algorithm: str | None) -> None:
+        super().__init__(group, shape, algorithm)
+        self.outs = [fusedcomm.AddRMSNorm(*pair) for pair in zip(shape.outputs(), shape.outputs(), strict=True)]
+
+    def reset(self) -> None:
+        for out in self.outs:
+            poison(*out)
+
     def call(self, index: int) -> None:
-        own, self.last = self.shape.at(index), index
-        self.result = self.group.allreduce_rmsnorm(own.x, own.residual, own.weight, EPS)
+        own, self.last = self.shape.at(index), index % len(self.outs)
+        self.group.allreduce_rmsnorm(own.x, own.residual, own.weight, EPS, out=self.outs[self.last])
 
-    def check_result(self) -> None:
+    def call_new(self, index: int) -> None:
+        own = self.shape.at(index)
+        self.group.allreduce_rmsnorm(own.x, own.residual, own.weight, EPS)
+
+    def check(self) -> None:
         own = self.shape.at(self.last)
-        (own.check_norm_equal if self.is_exact else own.check_norm_close)(self.result.norm, self.result.residual)
+        (own.check_norm_equal if self.is_exact else own.check_norm_close)(*self.outs[self.last])
 
 
-class OurFused(_OurNew):
+class OurFused(_Ours):
     """GroupCoordinator.allreduce_rmsnorm_quant."""
 
     op = FUSED
 
-    def call(self, index: int) -> None:
-        own, self.last = self.shape.at(index), index
-        self.result = self.group.allreduce_rmsnorm_quant(own.x, own.residual, own.weight, EPS, group_size=GROUP_SIZE)
+    def __init__(self, group: fusedcomm.GroupCoordinator, shape: Shape, algorithm: str | None) -> None:
+        super().__init__(group, shape, algorithm)
+        self.outs = [self._out(x) for x in shape.outputs()]
 
-    def check_result(self) -> None:
-        own, result = self.shape.at(self.last), self.result
+    def _out(self, residual: torch.Tensor) -> fusedcomm.AddRMSNormQuant:
+        fp8 = torch.empty_like(residual, dtype=platform.fp8_dtype(residual.device))
+        scale = residual.new_empty((*residual.shape[:-1], residual.shape[-1] // GROUP_SIZE), dtype=torch.float32)
+        return fusedcomm.AddRMSNormQuant(fp8, scale, residual, None, fusedcomm.ScaleLayout.ROW_MAJOR)
+
+    def reset(self) -> None:
+        for out in self.outs:
+            poison(out.fp8, out.scale, out.residual)
+
+    def call(self, index: int) -> None:
+        own, self.last = self.shape.at(index), index % len(self.outs)
+        self.group.allreduce_rmsnorm_quant(
+            own.x, own.residual, own.weight, EPS, group_size=GROUP_SIZE, out=self.outs[self.last]
+        )
+
+    def call_new(self, index: int) -> None:
+        own = self.shape.at(index)
+        self.group.allreduce_rmsnorm_quant(own.x, own.residual, own.weight, EPS, group_size=GROUP_SIZE)
+
+    def check(self) -> None:
+        own, result = self.shape.at(self.last), self.outs[self.last]
         if self.is_exact:
             own.check_result_equal(result)
         else:
