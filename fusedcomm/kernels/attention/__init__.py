@@ -1,0 +1,1 @@
+"""Triton kernels of the attention ops. Importing this package imports no Triton; its modules with kernels do."""
