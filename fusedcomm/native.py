@@ -120,6 +120,7 @@ _GPU_CONTROL: dict[str, tuple[Any, list[Any]]] = {
     "comm_failure_text": (None, [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int32]),
     "comm_fail": (None, [ctypes.c_int64, ctypes.c_char_p]),
     "comm_counts": (None, [ctypes.c_int64, ctypes.POINTER(ctypes.c_uint64)]),
+    "comm_admit": (None, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int32]),
     "comm_trace": (ctypes.c_int32, [ctypes.c_int64, ctypes.POINTER(GpuTraceRecord), ctypes.c_int32]),
 }
 

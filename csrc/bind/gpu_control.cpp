@@ -154,6 +154,11 @@ FUSEDCOMM_EXPORT void fusedcomm_gpu_comm_counts(int64_t handle, uint64_t counts[
   counts[1] = gpu::communicator(handle).num_two_shot();
 }
 
+// Lets calls on this stream through: all that follow, or one. See stream_gate.h.
+FUSEDCOMM_EXPORT void fusedcomm_gpu_comm_admit(int64_t handle, int64_t stream, int32_t once) {
+  gpu::communicator(handle).gate().open(reinterpret_cast<void*>(stream), once != 0);
+}
+
 struct FusedcommGpuTraceRecord {  // mirrored in native.py
   uint32_t op_number;
   uint32_t op;

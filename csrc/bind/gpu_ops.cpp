@@ -77,16 +77,21 @@ struct Gpu {
     gpu::local_quant(dtype_of(x), x.data, shape.rows, shape.hidden, target, x.device, current_stream(x.device));
   }
 
-  // A collective is done when it is launched, as far as the host is concerned.
+  // A collective is done when it is launched, as far as the host is concerned. It is not where the streams have to be
+  // put in order first.
 
   static bool all_reduce(Communicator& comm, const View& x, void* out) {
-    comm.all_reduce(dtype_of(x), x.data, out, x.numel, current_stream(x.device));
+    void* const stream = current_stream(x.device);
+    if (!comm.gate().admits(stream)) return false;
+    comm.all_reduce(dtype_of(x), x.data, out, x.numel, stream);
     return true;
   }
 
   static bool all_reduce_norm(Communicator& comm, const View& x, const NormTensors& tensors) {
     if (tensors.quant.fp8 != nullptr) check_format(x, tensors.quant);
-    comm.all_reduce_norm(dtype_of(x), x.data, tensors.shape.rows, norm_arguments(tensors), current_stream(x.device));
+    void* const stream = current_stream(x.device);
+    if (!comm.gate().admits(stream)) return false;
+    comm.all_reduce_norm(dtype_of(x), x.data, tensors.shape.rows, norm_arguments(tensors), stream);
     return true;
   }
 };

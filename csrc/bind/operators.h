@@ -6,9 +6,10 @@
 //   local_norm(x, tensors), local_quant(x, target)
 //   all_reduce(comm, x, out), all_reduce_norm(comm, x, tensors)
 //
-// Collectives return true when they are done; false: call the *_out form with the same tensors until it is (only on
-// CPU, cpu/communicator.h). The forms that allocate exist for speed: every call out of Python costs a microsecond or
-// more, where ranks share cores several, and four allocations would cost more than the collective.
+// Collectives return true when they are done; false: call the *_out form with the same tensors until it is (on the CPU
+// cpu/communicator.h says why, on GPUs gpu/stream_gate.h). The forms that allocate exist for speed: every call out of
+// Python costs a microsecond or more, where ranks share cores several, and four allocations would cost more than the
+// collective.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -190,7 +191,7 @@ struct Operators {
     if (is_aligned<Device>(target.data)) return Device::all_reduce(communicator, in.view(), out.data());
     Owned aligned = new_like(in.view());
     const bool done = Device::all_reduce(communicator, in.view(), aligned.data());
-    TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), aligned.get(), 0));
+    if (done) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out.get(), aligned.get(), 0));
     return done;
   }
 

@@ -15,6 +15,7 @@
 #include "fusedcomm/layout.h"
 #include "gpu/arguments.h"
 #include "gpu/failure.h"
+#include "gpu/stream_gate.h"
 
 namespace fusedcomm::gpu {
 
@@ -65,6 +66,7 @@ class Communicator {
   void close();
 
   const Config& config() const { return config_; }
+  StreamGate& gate() { return gate_; }
   Failure failure() const { return failure_; }
   const std::string& message() const { return message_; }
   uint64_t num_one_shot() const { return num_one_shot_; }
@@ -79,6 +81,7 @@ class Communicator {
   bool is_gone(int rank) const;
 
   Config config_;
+  StreamGate gate_;
   Impl* impl_;
   std::vector<cpu::SegmentHeader*> segments_;
   std::vector<int> pidfds_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -83,7 +84,8 @@ class GpuCustomAllReduce(NativeCollectives):
             error,
         )
         problem = "" if handle else f"cannot make the communicator: {error_text(error)}"
-        super().__init__(gpu, handle, StreamOrder(device.index).before_call)
+        order = StreamOrder(device.index, functools.partial(gpu.comm_admit, handle)) if handle else None
+        super().__init__(gpu, handle, None if order is None else order.before_call)
         self._release = weakref.finalize(self, _release, gpu, handle, buffer)
         # Not when the interpreter exits: CUDA may be gone by then. The driver frees everything, and peers see that the
         # process is gone.

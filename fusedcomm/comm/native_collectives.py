@@ -57,14 +57,14 @@ class NativeCollectives(abc.ABC):
 
     _release: weakref.finalize[..., Any]
 
-    def __init__(self, native: NativeLibrary, handle: int, before_call: Callable[[], None] | None = None) -> None:
+    def __init__(self, native: NativeLibrary, handle: int, before_retry: Callable[[], None] | None = None) -> None:
         """``native`` made the communicator ``handle``. The operators are the same for CPU and GPU tensors.
 
-        ``before_call`` is called before every all-reduce, plain or fused.
+        ``before_retry``: called where an all-reduce, plain or fused, came back undone, before it is called again.
         """
         self._native = native
         self._handle = handle
-        self._before_call = before_call
+        self._before_retry = before_retry
         self._norm_calls: dict[tuple[object, ...], int] = {}
         self._kept: list[NormCall] = []  # what the addresses in _norm_calls are those of
         self._comm_all_reduce = native.operator("comm_all_reduce")
@@ -77,16 +77,13 @@ class NativeCollectives(abc.ABC):
     def all_reduce(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum over ranks of x ``[...]``, into out if given."""
         handle = self._handle
-        if (before_call := self._before_call) is not None:
-            before_call()
         try:
             if out is None:
                 out, done = self._comm_all_reduce(handle, x)
-                if done:
-                    return out
-            # False after a while asleep: Python's signal handlers run here, between two calls.
-            while not self._comm_all_reduce_out(handle, x, out):
-                pass
+            else:
+                done = self._comm_all_reduce_out(handle, x, out)
+            while not done:
+                done = self._retry(self._comm_all_reduce_out, handle, x, out)
             return out
         except BaseException as error:
             raise self._translate(error) from None
@@ -103,20 +100,19 @@ class NativeCollectives(abc.ABC):
         """All-reduce + add + RMSNorm in one launch, into out if given."""
         key = (eps, weight_bias)
         call = self._norm_calls.get(key) or self._prepare(*key)
-        if (before_call := self._before_call) is not None:
-            before_call()
         try:
             if out is None:
                 norm, residual_out, done = self._comm_allreduce_rmsnorm(call, x, residual, weight)
                 while not done:
-                    done = self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out)
+                    done = self._retry(self._comm_allreduce_rmsnorm_out, call, x, residual, weight, norm, residual_out)
                 result: AddRMSNorm = _new(AddRMSNorm, (norm, residual_out))
                 return result
             if type(out) is not AddRMSNorm:
                 raise TypeError("out: expected an AddRMSNorm")
             norm, residual_out = out
-            while not self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out):
-                pass
+            done = self._comm_allreduce_rmsnorm_out(call, x, residual, weight, norm, residual_out)
+            while not done:
+                done = self._retry(self._comm_allreduce_rmsnorm_out, call, x, residual, weight, norm, residual_out)
             return out
         except BaseException as error:
             raise self._translate(error) from None
@@ -136,24 +132,30 @@ class NativeCollectives(abc.ABC):
         """All-reduce + add + RMSNorm + per-group quantisation in one launch, into out if given."""
         key = (eps, weight_bias, group_size, emit_norm, scale_layout)
         call = self._norm_calls.get(key) or self._prepare(*key)
-        if (before_call := self._before_call) is not None:
-            before_call()
         try:
             quant_out = self._comm_allreduce_rmsnorm_quant_out
             if out is None:
                 fp8, scale, residual_out, norm, done = self._comm_allreduce_rmsnorm_quant(call, x, residual, weight)
                 while not done:
-                    done = quant_out(call, x, residual, weight, fp8, scale, residual_out, norm)
+                    done = self._retry(quant_out, call, x, residual, weight, fp8, scale, residual_out, norm)
                 result: AddRMSNormQuant = _new(AddRMSNormQuant, (fp8, scale, residual_out, norm, scale_layout))
                 return result
             if type(out) is not AddRMSNormQuant or out[4] is not scale_layout:
                 raise TypeError("out: expected an AddRMSNormQuant of scale_layout")
             fp8, scale, residual_out, norm, _ = out
-            while not quant_out(call, x, residual, weight, fp8, scale, residual_out, norm):
-                pass
+            done = quant_out(call, x, residual, weight, fp8, scale, residual_out, norm)
+            while not done:
+                done = self._retry(quant_out, call, x, residual, weight, fp8, scale, residual_out, norm)
             return out
         except BaseException as error:
             raise self._translate(error) from None
+
+    def _retry(self, op: Callable[..., bool], *arguments: Any) -> bool:
+        """Again what came back undone: on the CPU after a while asleep, so that Python's signal handlers run in between
+        (here, between two calls); on GPUs because streams have to be put in order first."""
+        if self._before_retry is not None:
+            self._before_retry()
+        return op(*arguments)
 
     def _prepare(self, eps: float, weight_bias: float, *quant: Any) -> int:
         """The address of a NormCall, which is kept. ``quant``: group_size, emit_norm, scale_layout; or nothing."""

@@ -11,7 +11,7 @@ another stream than the calls before and after orders the two, as for any other 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,11 +20,14 @@ import torch
 class StreamOrder:
     """Remembers the stream of a group's last call; ``before_call`` orders the next one after it.
 
-    What it costs where the stream is the same as before: a look at torch's current stream, and a comparison.
+    The kernels' side looks at the current stream by itself (csrc/gpu/stream_gate.h) and lets calls through on the
+    stream that ``admit`` named last, so nothing is done here as long as it stays the same.
     """
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, admit: Callable[[int, bool], None]) -> None:
+        """``admit(stream, once)``: calls on the stream need no ``before_call``; only one of them if ``once``."""
         self._device = device
+        self._admit = admit
         self._current = torch._C._cuda_getCurrentRawStream
         self._last = self._current(device)
         """The stream of the last call that ran (or the current one, before there is any)."""
@@ -32,9 +35,10 @@ class StreamOrder:
         """The stream of the last call that was captured, as far as it was seen."""
         self._fast: int | None = self._last
         """The stream on which the next call needs no look; None while a capture uses several streams."""
+        admit(self._last, False)
 
     def before_call(self) -> None:
-        """Called before every launch on the current stream.
+        """Called before a launch on a current stream that is not admitted.
 
         Raises:
             RuntimeError: a capture is going on in the stream of the last call, and this call is outside of it.
@@ -42,6 +46,7 @@ class StreamOrder:
         stream = self._current(self._device)
         if stream != self._fast:
             self._switch(stream)
+        self._admit(stream, self._fast is None)
 
     def _switch(self, stream: int) -> None:
         if not self._is_capturing(stream):

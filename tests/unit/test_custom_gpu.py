@@ -12,10 +12,11 @@ from pretended_gpu import PretendedGpu, ranks
 
 from fusedcomm import PeerDiedError, native
 from fusedcomm.comm.custom_gpu import GpuCustomAllReduce, TraceRecord
+from fusedcomm.comm.streams import StreamOrder
 from fusedcomm.comm.symmetric_buffer import SetupError
 from fusedcomm.comm.tuning import GpuTuning
 from fusedcomm.native import GpuDeviceFacts, GpuTraceRecord
-from fusedcomm.ops.types import ScaleLayout
+from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 
 class PretendedLibrary(PretendedGpu):
@@ -24,6 +25,7 @@ class PretendedLibrary(PretendedGpu):
     def __init__(self) -> None:
         super().__init__()
         self.configs: dict[int, dict[str, int]] = {}
+        self.admitted: dict[int, tuple[int, bool]] = {}
         self.failure = 0
 
     def operator(self, name: str) -> Any:
@@ -39,6 +41,9 @@ class PretendedLibrary(PretendedGpu):
             return 0
         self.configs[2 * c.rank + 1] = {name: getattr(c, name) for name, _ in c._fields_}
         return 2 * int(c.rank) + 1
+
+    def comm_admit(self, handle: int, stream: int, once: bool) -> None:
+        self.admitted[handle] = stream, once
 
     def comm_in_call(self, handle: int) -> int:
         return 0
@@ -147,25 +152,47 @@ def test_a_tensor_on_the_cpu_is_refused(library: PretendedLibrary) -> None:
         custom.close()
 
 
-def test_every_call_meets_the_order_of_streams(library: PretendedLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[int] = []
-
-    def current(device: int) -> int:
-        looks.append(device)
-        return 0
-
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", current, raising=False)
+def test_streams_are_put_in_order_where_a_call_comes_back_undone(
+    library: PretendedLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current stream is 5, that of the set-up was 0: the library launches nothing until it is let."""
+    current = [0]
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: current[0], raising=False)
     made = create(library)
+    assert library.admitted == {1: (0, False), 3: (0, False)}
+    waits: list[tuple[int, int]] = []
+    monkeypatch.setattr(StreamOrder, "_is_capturing", lambda order, stream: False)
+    monkeypatch.setattr(StreamOrder, "_wait", lambda order, stream, last: waits.append((stream, last)))
     x = torch.zeros(2, 128)
-    for call in (
-        lambda: made[0].all_reduce(x),
-        lambda: made[0].allreduce_rmsnorm(x, None, x[0], 1e-6, 0.0),
-        lambda: made[0].allreduce_rmsnorm_quant(x, None, x[0], 1e-6, 0.0, 128, False, ScaleLayout.ROW_MAJOR),
-    ):
-        looks.clear()
-        with pytest.raises(RuntimeError):
-            call()
-        assert looks == [0]
+    pair, out = AddRMSNorm(x, x), AddRMSNormQuant(x, x, x, None, ScaleLayout.ROW_MAJOR)
+    quant = (x, None, x[0], 1e-6, 0.0, 128, False, ScaleLayout.ROW_MAJOR)
+    calls: list[tuple[Any, int]] = [
+        (lambda: made[0].all_reduce(x), 1),
+        (lambda: made[0].all_reduce(x, x), 1),
+        (lambda: made[0].allreduce_rmsnorm(x, None, x[0], 1e-6, 0.0), 2),
+        (lambda: made[0].allreduce_rmsnorm(x, None, x[0], 1e-6, 0.0, pair), 2),
+        (lambda: made[0].allreduce_rmsnorm_quant(*quant), 4),
+        (lambda: made[0].allreduce_rmsnorm_quant(*quant, out), 4),
+    ]
+    for stream, (call, results) in enumerate(calls, start=5):
+        current[0] = stream
+        launched: list[str] = []
+
+        def operator(name: str, results: int = results, now: int = stream, launched: list[str] = launched) -> Any:
+            def run(*_: object) -> Any:
+                done = library.admitted[1] == (now, False)
+                launched.append(f"{name} {done}")
+                assert len(launched) < 5
+                return done if name.endswith("_out") else (*[x] * results, done)
+
+            return run
+
+        for name in [name for name in vars(made[0]) if name.startswith("_comm_")]:
+            monkeypatch.setattr(made[0], name, operator(name))
+        call()
+        assert [text.partition(" ")[2] for text in launched] == ["False", "True"]
+        assert launched[1].endswith("_out True")
+    assert waits == [(5, 0), *((n, n - 1) for n in range(6, 11))]
     for custom in made:
         custom.close()
 

@@ -18,12 +18,23 @@ class Pretended(StreamOrder):
         self.capturing: set[int] = set()
         self.waits: list[tuple[int, int]] = []
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: self.now, raising=False)
-        super().__init__(0)
+        self.admitted: tuple[int, bool] | None = None
+        self.looks = 0
+        super().__init__(0, self.note)
+
+    def note(self, stream: int, once: bool) -> None:
+        self.admitted = stream, once
 
     def call(self, stream: int) -> list[tuple[int, int]]:
-        """A collective on this stream; the waits that it brought."""
+        """A collective on this stream; the waits that it brought. As csrc/gpu/stream_gate.h lets it through."""
         self.now, before = stream, len(self.waits)
-        self.before_call()
+        if self.admitted is None or self.admitted[0] != stream:
+            self.looks += 1
+            self.before_call()
+        assert self.admitted is not None
+        assert self.admitted[0] == stream
+        if self.admitted[1]:
+            self.admitted = None
         return self.waits[before:]
 
     def _wait(self, stream: int, for_stream: int) -> None:
@@ -40,6 +51,31 @@ def order(monkeypatch: pytest.MonkeyPatch) -> Pretended:
 
 def test_one_stream_waits_for_nothing(order: Pretended) -> None:
     assert [order.call(MAIN) for _ in range(3)] == [[], [], []]
+
+
+def test_calls_on_one_stream_need_no_look(order: Pretended) -> None:
+    for stream, looks in ((MAIN, 0), (MAIN, 0), (SIDE, 1), (SIDE, 1), (MAIN, 2), (MAIN, 2)):
+        order.call(stream)
+        assert order.looks == looks
+
+
+def test_calls_in_a_capture_of_a_stream_beside_are_each_looked_at(order: Pretended) -> None:
+    order.capturing = {CAPTURE}
+    for looks in (1, 2, 3):
+        order.call(CAPTURE)
+        assert order.looks == looks
+    order.capturing = set()
+    order.call(MAIN)
+    order.call(MAIN)
+    assert order.looks == 4
+
+
+def test_a_refused_call_admits_nothing(order: Pretended) -> None:
+    order.call(SIDE)
+    order.capturing = {SIDE}
+    with pytest.raises(RuntimeError):
+        order.call(MAIN)
+    assert order.admitted == (SIDE, False)
 
 
 def test_another_stream_waits_for_the_one_before(order: Pretended) -> None:
