@@ -1,8 +1,9 @@
-"""A kernel that keeps memory busy on a second stream, for as long as it is told, on part of every multiprocessor.
+"""A kernel that keeps memory busy on a second stream, for as long as it is told, on part of the multiprocessors.
 
-Its blocks stay resident: it competes for memory bandwidth and for issue slots, as a large kernel of an engine does that
-overlaps communication, and leaves room for other kernels' blocks. (A kernel of many short blocks would measure how the
-hardware queues blocks; many launches in a row would, where streams share a hardware queue, hold up what comes after.)
+Its blocks stay resident: it competes for memory bandwidth, as a large kernel of an engine does that overlaps
+communication. What it leaves free is for kernels whose blocks need a multiprocessor for themselves: NCCL's could not
+start beside it, and would wait for its end. (A kernel of many short blocks would measure how the hardware queues
+blocks; many launches in a row would, where streams share a hardware queue, hold up what comes after.)
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -15,9 +16,10 @@ import triton.language as tl
 
 BUFFER_BYTES = 512 << 20
 """Far more than the caches; read and written in turn."""
-BLOCK = 4096
-WARPS = 8
-BLOCKS_PER_SM = 2
+BLOCK = 8192
+WARPS = 16
+SHARE = 3 / 4
+"""Of the multiprocessors."""
 TRIAL_PASSES = 8
 
 
@@ -37,7 +39,7 @@ class MemoryLoad:
         self.source = torch.zeros(elements, device=device)
         self.target = torch.empty_like(self.source)
         self.stream = torch.cuda.Stream(device)
-        self.programs = BLOCKS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+        self.programs = int(SHARE * torch.cuda.get_device_properties(device).multi_processor_count)  # a block each
         torch.cuda.synchronize(device)  # the other stream reads what this one fills
         self._launch(1)
         torch.cuda.synchronize(device)
