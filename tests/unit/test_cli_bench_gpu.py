@@ -67,9 +67,13 @@ class FakeRanks:
     def __init__(self, objections: list[str] | None = None, others: float = 1.0) -> None:
         self.objections, self.others = objections or [], others
         self.aligned = 0
+        self.aligned_beside_load = 0
 
     def align(self) -> None:
         self.aligned += 1
+
+    def align_beside_load(self) -> None:
+        self.aligned_beside_load += 1
 
     def first_reason(self, reason: str) -> str:
         other = self.objections.pop(0) if self.objections else ""
@@ -209,7 +213,10 @@ def test_a_load_on_another_stream() -> None:
     case = FakeCase(device, 1e-4)
     entries = prepared(device, ranks, case)
     load = FakeLoad(device, case, factor=1.5)
+    aligned = ranks.aligned
     [figure] = measure_loaded(entries, load, ranks, device, calls=4, rounds=1)
+    assert (ranks.aligned - aligned, ranks.aligned_beside_load) == (1, 1)
+    assert figure is not None
     assert figure.loaded_s == pytest.approx(1.5 * figure.alone_s)
 
 
@@ -221,8 +228,25 @@ def test_a_load_that_ends_early_is_repeated_longer() -> None:
     measure_loaded(entries, load, ranks, device, calls=4, rounds=1)
     assert load.asked == sorted(load.asked)
     assert len(load.asked) > 1
-    with pytest.raises(RuntimeError, match="load"):
-        measure_loaded(entries, FakeLoad(device, case, 1.0, lasts=0.0), ranks, device, calls=4, rounds=1)
+
+
+def test_a_graph_that_waits_for_the_load_has_no_figure_and_others_have() -> None:
+    device, ranks = FakeDevice(), FakeRanks()
+    waits, runs = FakeCase(device, 1e-4, name="waits"), FakeCase(device, 1e-4, name="runs")
+    entries = prepared(device, ranks, waits, runs)
+
+    class FullDevice(FakeLoad):
+        def run(self, seconds: float) -> float:
+            self.asked.append(seconds)
+            waits.seconds = seconds  # four of them: longer than the load
+            return self.device.now + seconds
+
+    load = FullDevice(device, waits, 1.0)
+    first, second = measure_loaded(entries, load, ranks, device, calls=4, rounds=3)
+    assert first is None
+    assert second is not None
+    assert second.loaded_s == pytest.approx(1e-4)
+    assert len(load.asked) == 8 + 3  # what has no figure is not tried again
 
 
 # ---- peers ----

@@ -23,7 +23,7 @@ from fusedcomm.cli.bench.cases import Case
 from fusedcomm.cli.bench.gpu import harness, peers
 from fusedcomm.cli.bench.gpu.catalogue import Catalogue
 from fusedcomm.cli.bench.gpu.device import describe_gpu_versions, describe_gpus
-from fusedcomm.cli.bench.gpu.interference import LoadTooShortError, measure_loaded
+from fusedcomm.cli.bench.gpu.interference import TOO_SHORT, measure_loaded
 from fusedcomm.cli.bench.gpu.job import GpuJob, forbid_multicast
 from fusedcomm.cli.bench.gpu.shape import Limits, Shape, make_shape
 from fusedcomm.cli.bench.gpu.spec import Spec
@@ -149,12 +149,11 @@ def _loaded(spec: Spec, job: GpuJob, entries: list[harness.Entry], calls: int) -
         yield {"op": "load", "peer": "*", "absent": f"Triton is not installed: {error}"}
         return
     load = MemoryLoad(job.device.device)
-    try:
-        figures = measure_loaded(entries, load, job, job.device, calls, spec.load_rounds)
-    except LoadTooShortError as error:  # on all ranks alike: they agree on how long it lasted
-        yield {"op": "load", "peer": "*", "absent": str(error)}
-        return
+    figures = measure_loaded(entries, load, job, job.device, calls, spec.load_rounds)
     for entry, figure in zip(entries, figures, strict=True):
+        if figure is None:
+            yield {"op": "load", "peer": f"{entry.op}/{entry.name}", "absent": TOO_SHORT}
+            continue
         yield {
             "op": entry.op,
             "peer": entry.name,

@@ -64,6 +64,9 @@ class Ranks(Protocol):
     def align(self) -> None:
         """Queues something on the device that no rank passes before all have come to it."""
 
+    def align_beside_load(self) -> None:
+        """As align, by a kernel that runs beside one that keeps the multiprocessors occupied."""
+
     def first_reason(self, reason: str) -> str:
         """The first reason that a rank gives, with its rank, on all ranks; empty if none gives one."""
 

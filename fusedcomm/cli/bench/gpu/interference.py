@@ -1,4 +1,8 @@
-"""How much longer a replayed graph of calls takes while something else runs on the device."""
+"""How much longer a replayed graph of calls takes while something else runs on the device.
+
+Ranks align beside the load by a kernel that finds room there: NCCL's may have to wait for the load's end, and then so
+would everything that comes after.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,8 @@ class Load(Protocol):
         """Starts now, for at least ``seconds``; returns a mark of its end."""
 
 
-class LoadTooShortError(RuntimeError):
-    """The load never lasted as long as a graph did; raised by all ranks."""
+TOO_SHORT = "load: expected to last as long as the graph beside it, got one that ends before"
+"""Why there is no figure: the graph's kernels found no room beside the load, and waited for its end."""
 
 
 class Interference(NamedTuple):
@@ -33,20 +37,25 @@ class Interference(NamedTuple):
 
 def measure_loaded(
     entries: Sequence[Entry], load: Load, ranks: Ranks, device: Device, calls: int, rounds: int = 15
-) -> list[Interference]:
+) -> list[Interference | None]:
     """Each entry's graph alone and beside ``load``, in turn, once a round.
 
-    Raises:
-        LoadTooShortError: the load never lasted as long as a graph did.
+    None for an entry whose graph the load never outlasted (TOO_SHORT), on all ranks.
     """
     alone: list[list[float]] = [[] for _ in entries]
     loaded: list[list[float]] = [[] for _ in entries]
+    present = dict(enumerate(entries))
     for _ in range(rounds):
-        for i, entry in enumerate(entries):
+        for i, entry in list(present.items()):
             alone[i].append(_once(entry, ranks, device, None)[0])
-            loaded[i].append(_beside(entry, ranks, device, load, alone[i][-1]))
+            beside = _beside(entry, ranks, device, load, alone[i][-1])
+            if beside is None:
+                del present[i]
+            else:
+                loaded[i].append(beside)
     return [
-        Interference(_slowest(ranks, a, calls), _slowest(ranks, b, calls)) for a, b in zip(alone, loaded, strict=True)
+        Interference(_slowest(ranks, alone[i], calls), _slowest(ranks, loaded[i], calls)) if i in present else None
+        for i in range(len(entries))
     ]
 
 
@@ -54,7 +63,7 @@ def _slowest(ranks: Ranks, samples: list[float], calls: int) -> float:
     return max(ranks.of_all_ranks(statistics.median(samples) / calls))
 
 
-def _beside(entry: Entry, ranks: Ranks, device: Device, load: Load, alone_s: float) -> float:
+def _beside(entry: Entry, ranks: Ranks, device: Device, load: Load, alone_s: float) -> float | None:
     length = 10 * alone_s + MARGIN_S
     for _ in range(8):
         seconds, slack = _once(entry, ranks, device, functools.partial(load.run, length))
@@ -62,7 +71,7 @@ def _beside(entry: Entry, ranks: Ranks, device: Device, load: Load, alone_s: flo
         if min(ranks.of_all_ranks(slack)) > 0:
             return seconds
         length *= 2
-    raise LoadTooShortError("load: expected to last as long as a graph beside it, got one that ends before")
+    return None
 
 
 def _once(entry: Entry, ranks: Ranks, device: Device, start_load: Callable[[], Any] | None) -> tuple[float, float]:
@@ -73,7 +82,10 @@ def _once(entry: Entry, ranks: Ranks, device: Device, start_load: Callable[[], A
     device.finish()
     load_end = None if start_load is None else start_load()
     device.hold()  # long enough for the load to be under way on every rank
-    ranks.align()
+    if start_load is None:
+        ranks.align()
+    else:
+        ranks.align_beside_load()
     start = device.mark()
     entry.replay()
     end = device.mark()

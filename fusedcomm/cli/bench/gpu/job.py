@@ -56,6 +56,8 @@ class GpuJob:
                 # Its own communicator: NCCL orders graphs and eager calls on one communicator, which costs time.
                 self._aligner = dist.new_group(backend="nccl")
         self._token = torch.zeros(1, device=self.device.device)
+        stage = self.group.explain("all_reduce", self._token.shape, self._token.dtype).stage
+        self._aligns_itself = stage.value != "process_group"
         self._groups: dict[tuple[object, ...], fusedcomm.GroupCoordinator] = {}
         self.align()
         self.device.finish()
@@ -97,6 +99,12 @@ class GpuJob:
         elif self._control is not None:
             self.device.finish()
             dist.barrier(self._control)
+
+    def align_beside_load(self) -> None:
+        if self._aligns_itself:
+            self.group.all_reduce(self._token)
+        else:
+            self.align()
 
     def first_reason(self, reason: str) -> str:
         reasons = self._of_all(reason)
