@@ -23,7 +23,7 @@ SHARE = 3 / 4
 TRIAL_PASSES = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["passes"])  # a count of 1 would be compiled apart
 def _stream(source, target, num_blocks, passes, BLOCK: tl.constexpr):
     for _ in range(passes):
         for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
