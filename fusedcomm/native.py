@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -251,17 +252,32 @@ def _register_fakes() -> None:
     register("fusedcomm::per_group_quant_fp8", empty_quant)
 
 
+class ScaleExtent(NamedTuple):
+    """What a quantising operator makes of its scales."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    """None: contiguous."""
+    dtype: torch.dtype
+
+
+def scale_extent(shape: Sequence[int], group_size: int, column_major: bool, packed: bool) -> ScaleExtent:
+    """The scales of rows ``[..., H]`` (scale_extent of csrc/bind/arguments.cpp)."""
+    groups, dtype = shape[-1] // group_size, torch.int32 if packed else torch.float32
+    if not (column_major or packed):
+        return ScaleExtent((*shape[:-1], groups), None, dtype)
+    rows = math.prod(shape[:-1])
+    return ScaleExtent((rows, (groups + 3) // 4 if packed else groups), (1, (rows + 3) // 4 * 4), dtype)
+
+
 def empty_quant(
     x: torch.Tensor, group_size: int, column_major: bool, packed: bool, fnuz: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The outputs of a quantising operator, uninitialised (empty_quant of csrc/bind/ops.cpp)."""
-    dtype = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
+    fp8_dtype = torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn
     # an empty tensor is contiguous whatever its strides are (those of NumPy's are 0)
-    fp8 = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    groups = x.shape[-1] // group_size
-    if not (column_major or packed):
-        return fp8, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
-    rows = x.numel() // x.shape[-1]
-    shape = (rows, (groups + 3) // 4 if packed else groups)
-    stride = (rows + 3) // 4 * 4
-    return fp8, x.new_empty_strided(shape, (1, stride), dtype=torch.int32 if packed else torch.float32)
+    fp8 = torch.empty_like(x, dtype=fp8_dtype, memory_format=torch.contiguous_format)
+    shape, strides, dtype = scale_extent(x.shape, group_size, column_major, packed)
+    if strides is None:
+        return fp8, x.new_empty(shape, dtype=dtype)
+    return fp8, x.new_empty_strided(shape, strides, dtype=dtype)

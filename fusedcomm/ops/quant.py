@@ -6,8 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from fusedcomm.native import empty_quant
-from fusedcomm.ops.checks import check_fp8_dtype, check_group_size, check_scale_layout, check_x
+from fusedcomm.native import scale_extent
+from fusedcomm.ops.checks import (
+    check_fp8_dtype,
+    check_group_size,
+    check_scale_layout,
+    check_x,
+    contiguous_strides,
+)
 from fusedcomm.ops.dispatch import local_operators
 from fusedcomm.ops.operators import Operators
 from fusedcomm.ops.types import GroupQuant, ScaleLayout
@@ -34,12 +40,13 @@ def check_quant_out(
     x: torch.Tensor, group_size: int, scale_layout: ScaleLayout, fp8_dtype: torch.dtype, out: GroupQuant
 ) -> None:
     """The caller's ``fp8`` and ``scale`` have the shape, dtype and strides that empty_quant would give them."""
-    like = torch.empty(x.shape, dtype=x.dtype, device="meta")
-    expected = empty_quant(like, group_size, *layout_flags(scale_layout, fp8_dtype))
-    for name, want, got in zip(("out.fp8", "out.scale"), expected, (out.fp8, out.scale), strict=True):
+    flags = layout_flags(scale_layout, fp8_dtype)
+    rows = (tuple(x.shape), fp8_dtype, contiguous_strides(x.shape), x.device)
+    shape, strides, dtype = scale_extent(x.shape, group_size, flags.column_major, flags.packed)
+    scales = (shape, dtype, contiguous_strides(shape) if strides is None else strides, x.device)
+    for name, facts, got in (("out.fp8", rows, out.fp8), ("out.scale", scales, out.scale)):
         if not isinstance(got, torch.Tensor):
             raise ValueError(f"{name}: expected a torch.Tensor, got {type(got).__name__}")
-        facts = (tuple(want.shape), want.dtype, want.stride(), x.device)
         if (tuple(got.shape), got.dtype, got.stride(), got.device) != facts:
             raise ValueError(
                 f"{name}: expected shape {facts[0]}, dtype {facts[1]}, strides {facts[2]} on {facts[3]}, "
