@@ -12,6 +12,7 @@ import spec
 import torch
 from cases import DTYPES, KINDS, make
 from qk_bodies import all_same, call, same, split, triton_backends
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_backend import TritonOps
 
 from fusedcomm.ops.attention import QK, fused_qk_rmsnorm
@@ -178,3 +179,10 @@ def test_same_tells_bits_apart() -> None:
     """What the tests above rest on."""
     assert not same(torch.tensor([0.0]), torch.tensor([-0.0]))
     assert same(torch.tensor([float("nan")]), torch.tensor([float("nan")]))
+
+
+def test_fake_tensors_have_no_addresses_to_overlap() -> None:
+    with FakeTensorMode():
+        q, k, weight = torch.empty(3, 4, 64), torch.empty(3, 2, 64), torch.empty(64)
+        out = QK(torch.empty_like(q), torch.empty_like(k))
+        assert fused_qk_rmsnorm(q, k, weight, weight, 1e-6, out=out) is out
