@@ -21,6 +21,8 @@ _MAGIC = 0x46434832  # "FCH2": format 2 of the record below
 _FORMAT = struct.Struct("<IIqIB16s32s32sHBdI256sB16s32sIBB")
 _OTHER_FORMAT = "a rank speaks another format: all ranks need the same build of fusedcomm"
 _FLAGS = tuple(f.name for f in fields(Settings) if f.type == "bool")
+_SAFER_OFF = ("dual_stream",)
+"""The switches that turn something on; every other one turns a fast path off or a check on."""
 
 
 MAX_CUSTOM_WORLD_SIZE = {"cpu": 16, "cuda": 8}
@@ -261,7 +263,7 @@ def _merge(all_settings: Sequence[Settings]) -> tuple[Settings, tuple[str, ...]]
         if f.name == "host_id" or len(set(values)) == 1:
             continue
         if f.name in _FLAGS:
-            taken: Any = True  # a switch only ever turns a fast path off or a check on
+            taken: Any = f.name not in _SAFER_OFF
         elif f.name == "backend":
             taken = "torch"  # serves everywhere
         elif f.name == "timeout_s":

@@ -17,6 +17,7 @@ SWITCHES = [
     "DISABLE_AITER_SAMPLING",
     "DETERMINISTIC",
     "DEBUG",
+    "DUAL_STREAM",
 ]
 DEFAULTS = {
     **dict.fromkeys(SWITCHES, False),

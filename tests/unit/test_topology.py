@@ -41,6 +41,7 @@ settings_strategy = st.builds(
     deterministic=st.booleans(),
     timeout_s=st.floats(0.001, 86400),
     debug=st.booleans(),
+    dual_stream=st.booleans(),
     buffer_mb=st.none() | st.integers(1, 16384),
 )
 gpu_strategy = st.builds(
@@ -157,6 +158,7 @@ def test_equal_ranks_agree_on_what_they_have() -> None:
         ("disable_aiter_sampling", (False, True, False), True),
         ("deterministic", (False, False, True), True),
         ("debug", (False, True, False), True),
+        ("dual_stream", (False, True, False), False),
         ("backend", (None, "native", None), "torch"),
         ("backend", ("native", "torch", "native"), "torch"),
         ("timeout_s", (60.0, 5.0, 60.0), 60.0),
@@ -186,8 +188,9 @@ def test_the_agreement_does_not_depend_on_who_is_first(all_settings: list[Settin
     merged = forward.settings
     for settings in all_settings:
         # nobody gets a fast path that it turned off, loses a check that it turned on, or waits for less than it asked
+        assert merged.dual_stream <= settings.dual_stream
         for f in dataclasses.fields(Settings):
-            if f.type == "bool":
+            if f.type == "bool" and f.name != "dual_stream":
                 assert getattr(merged, f.name) >= getattr(settings, f.name)
         assert merged.timeout_s >= settings.timeout_s
         assert merged.buffer_mb_on("cpu") <= settings.buffer_mb_on("cpu")
