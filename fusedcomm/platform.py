@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ class DeviceFacts(NamedTuple):
 
 
 _CPU = DeviceFacts("cpu", "CPU", b"", 0)
+_facts: dict[int, DeviceFacts] = {}
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
@@ -43,8 +43,14 @@ def fp8_dtype(device: torch.device) -> torch.dtype:
     return device_facts(device).fp8_dtype
 
 
-@functools.cache
 def _gpu_facts(index: int) -> DeviceFacts:
+    facts = _facts.get(index)
+    if facts is None:
+        facts = _facts[index] = _ask_gpu(index)
+    return facts
+
+
+def _ask_gpu(index: int) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         arch = properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
@@ -54,5 +60,5 @@ def _gpu_facts(index: int) -> DeviceFacts:
     return DeviceFacts(arch, properties.name, bytes(identity.bytes), properties.multi_processor_count)
 
 
-# torch.compile takes the answer as a constant: see fusedcomm.ops.dispatch.
+# torch.compile takes the answer as a constant: see fusedcomm.ops.dispatch. (It would look past functools.cache.)
 setattr(_gpu_facts, "_dynamo_marked_constant", True)  # noqa: B010

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from fusedcomm import platform
 from fusedcomm.comm.tuning import choose_gpu_tuning
 from fusedcomm.groups.device import check_device, choose_device
 from fusedcomm.platform import DeviceFacts, device_facts, fp8_dtype
@@ -56,9 +59,28 @@ def test_the_fp8_format_follows_from_the_architecture(arch: str, dtype: torch.dt
     assert DeviceFacts(arch, "", b"", 0).fp8_dtype is dtype
 
 
+def test_torch_compile_takes_the_facts_of_a_gpu_as_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not trace how they are asked for: the UUID is an object of torch's own."""
+    found = SimpleNamespace(
+        major=9, minor=0, name="H", uuid=SimpleNamespace(bytes=list(range(16))), multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(platform, "_facts", {})
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        facts = device_facts(torch.device("cuda", 3))
+        return x.to(facts.fp8_dtype).float() + facts.num_sms
+
+    torch._dynamo.reset()
+    compiled = torch.compile(body, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [133.0, 133.0]
+    assert device_facts(torch.device("cuda", 3)).uuid == bytes(range(16))
+
+
 def test_one_shot_serves_ever_smaller_messages_as_groups_grow() -> None:
     """(W - 1) (W - 2) / W S crosses what a link carries in a hop; with two ranks two-shot never moves less."""
     limits = [choose_gpu_tuning(world_size).one_shot_max_bytes for world_size in range(2, 9)]
     assert limits == sorted(limits, reverse=True)
     assert limits[0] == 4 << 20
-    assert limits[2] == 250_000 * 4 // 6
+    assert limits[2] == 400_000 * 4 // 6
