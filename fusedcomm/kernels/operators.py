@@ -8,17 +8,17 @@ costs tens.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import triton
 
 from fusedcomm import kernels
+from fusedcomm.kernels.fp8 import converts_to
+from fusedcomm.kernels.launching import launch
 from fusedcomm.kernels.norm import rms_norm_kernel, rms_norm_quant_kernel
 from fusedcomm.kernels.outputs import new_quant
 from fusedcomm.kernels.quant import group_quant_kernel
-from fusedcomm.platform import device_facts
 
 _MIN_BLOCK = 128
 _QUANT_BLOCK = 4096  # elements that a program quantises
@@ -104,16 +104,9 @@ for _function, _schema in (
 def _launch(
     kernel: Any, grid: tuple[int, int], device: torch.device, block: int, *arguments: Any, **options: Any
 ) -> None:
-    if 0 in grid:
-        return
     lanes = 64 if torch.version.hip else 32
     num_warps = min(max(block // (_ELEMENTS_A_THREAD * lanes), 1), _MAX_THREADS // lanes)
-    options = {"BLOCK": block, "num_warps": num_warps, "enable_fp_fusion": False, **options}
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        kernel[grid](*arguments, **options)
-        return
-    with torch.cuda.device(device):  # Triton launches on the current device and its current stream
-        kernel[grid](*arguments, **options)
+    launch(kernel, grid, device, *arguments, BLOCK=block, num_warps=num_warps, enable_fp_fusion=False, **options)
 
 
 def _num_rows(x: torch.Tensor) -> int:
@@ -131,17 +124,8 @@ def _quant_options(hidden: int, group_size: int, fp8: torch.Tensor, scale: torch
         "GROUP_SIZE": group_size,
         "PACKED": scale.dtype is torch.int32,
         "FNUZ": fp8.dtype is torch.float8_e4m3fnuz,
-        "HARDWARE_FP8": _converts_to(fp8.dtype, fp8.device),
+        "HARDWARE_FP8": converts_to(fp8.dtype, fp8.device),
     }
-
-
-@functools.cache
-def _converts_to(fp8: torch.dtype, device: torch.device) -> bool:
-    """Whether Triton converts fp32 to this format by an instruction of the device; on gfx950 it does not use it."""
-    arch = device_facts(device).arch
-    if fp8 is torch.float8_e4m3fnuz:
-        return arch == "gfx942"
-    return arch.startswith("sm_") and int(arch[3:]) >= 89
 
 
 # ---- as the compiled operators ----
