@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 # The distribution called aiter on PyPI is another package (async iterators).
 DISTRIBUTION = "amd-aiter"
 MIN_VERSION = "0.1.19.post1"  # before it, the single-kernel collectives lack their last barrier
+ARCHS = ("gfx94", "gfx95")
+"""How the architectures begin that it serves."""
 _FILES_OF_AMD = ("jit/core.py", "dist/parallel_state.py")
 
 

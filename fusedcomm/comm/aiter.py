@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from fusedcomm.aiter_package import Call, find_aiter, resolve, why_unusable
+from fusedcomm.aiter_package import ARCHS, Call, find_aiter, resolve, why_unusable
 from fusedcomm.comm.local import LocalOps
 from fusedcomm.comm.symmetric_buffer import Exchange
 from fusedcomm.env import Settings, launcher_environ
@@ -24,7 +24,6 @@ from fusedcomm.ops.types import AddRMSNorm, AddRMSNormQuant, ScaleLayout
 
 _Result = TypeVar("_Result", AddRMSNorm, AddRMSNormQuant)
 
-ARCHS = ("gfx94", "gfx95")
 QUANT_ARCH = "gfx95"
 WORLD_SIZES = (2, 4, 8)
 DTYPES = (torch.float16, torch.bfloat16)

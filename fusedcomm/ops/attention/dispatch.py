@@ -7,6 +7,7 @@ from fusedcomm.env import Settings
 from fusedcomm.errors import SettingError
 
 _chosen: dict[str, str] = {}
+_aiter_forced: list[bool] = []
 
 
 def attention_backend(device_type: str) -> str:
@@ -35,8 +36,9 @@ setattr(attention_backend, "_dynamo_marked_constant", True)  # noqa: B010
 def choose_attention_backend(settings: Settings, device_type: str, *, triton_available: bool) -> str:
     """The pure rule behind attention_backend: Triton on a GPU that has it, else torch; or the one that is asked for.
 
-    There are no native and no aiter forms of these ops. A setting that asks for one of those is about the other ops and
-    leaves these to the rule. ``triton_available``: it serves this device type (the CPU by its interpreter alone).
+    There are no native forms of these ops. A setting that asks for one is about the other ops and leaves these to the
+    rule; so does one that asks for aiter, but for the op that aiter has (aiter_is_forced). ``triton_available``: it
+    serves this device type (the CPU by its interpreter alone).
     """
     if settings.backend == "triton" and not triton_available:
         raise SettingError(f"FUSEDCOMM_BACKEND: expected torch on {device_type} here, got 'triton'")
@@ -45,3 +47,14 @@ def choose_attention_backend(settings: Settings, device_type: str, *, triton_ava
     if settings.disable or device_type == "cpu":
         return "torch"
     return "triton" if triton_available else "torch"
+
+
+def aiter_is_forced() -> bool:
+    """Whether ``FUSEDCOMM_BACKEND=aiter``; read once. It never serves attention by itself: see its module here."""
+    if not _aiter_forced:
+        _aiter_forced.append(Settings.from_environ().backend == "aiter")
+    return _aiter_forced[0]
+
+
+# No functools.cache: torch.compile would look past it, and past this.
+setattr(aiter_is_forced, "_dynamo_marked_constant", True)  # noqa: B010
