@@ -1,5 +1,7 @@
 """Ops around attention: what is done to queries and keys, and the caches that attention reads."""
 
+from fusedcomm.ops.attention.backends import DraftBackend, DraftBackendFacts, choose_draft_backend, draft_backend
+from fusedcomm.ops.attention.block import block_attention
 from fusedcomm.ops.attention.indexer import (
     cp_gather_indexer_k_quant_cache,
     fp8_paged_mqa_logits,
@@ -12,8 +14,13 @@ __all__ = [
     "KV",
     "QK",
     "QKV",
+    "DraftBackend",
+    "DraftBackendFacts",
     "PagedKV",
+    "block_attention",
+    "choose_draft_backend",
     "cp_gather_indexer_k_quant_cache",
+    "draft_backend",
     "fp8_paged_mqa_logits",
     "fused_qk_rmsnorm",
     "indexer_k_quant_and_cache",
