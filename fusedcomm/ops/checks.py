@@ -83,12 +83,17 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def has_address(t: torch.Tensor) -> bool:
+    """Whether the tensor is memory: in torch.compile and among fake tensors none is."""
+    return not torch.compiler.is_compiling() and type(t) in (torch.Tensor, torch.nn.Parameter)
+
+
 def check_apart(t: torch.Tensor, name: str, others: Mapping[str, torch.Tensor], *, or_same: bool = False) -> None:
     """An output shares no memory with the others; ``or_same``: or it begins where one does, all of them being alike."""
     for other_name, other in others.items():
-        begin, other_begin = t.data_ptr(), other.data_ptr()
-        if begin == 0 or other_begin == 0:  # a fake tensor, or an empty one
+        if not (has_address(t) and has_address(other)):
             continue
+        begin, other_begin = t.data_ptr(), other.data_ptr()
         if or_same and begin == other_begin:
             continue
         if begin < other_begin + _extent_bytes(other) and other_begin < begin + _extent_bytes(t):

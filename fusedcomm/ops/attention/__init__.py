@@ -8,7 +8,10 @@ from fusedcomm.ops.attention.indexer import (
     indexer_k_quant_and_cache,
 )
 from fusedcomm.ops.attention.kv import KV, QK, QKV, PagedKV
+from fusedcomm.ops.attention.kv_materialize import fused_kv_materialize
+from fusedcomm.ops.attention.mla_prepare import fused_qk_rope_cat_and_cache_mla
 from fusedcomm.ops.attention.qk_norm import fused_qk_rmsnorm
+from fusedcomm.ops.attention.qk_rope import fused_qk_norm_rope
 
 __all__ = [
     "KV",
@@ -22,6 +25,9 @@ __all__ = [
     "cp_gather_indexer_k_quant_cache",
     "draft_backend",
     "fp8_paged_mqa_logits",
+    "fused_kv_materialize",
+    "fused_qk_norm_rope",
     "fused_qk_rmsnorm",
+    "fused_qk_rope_cat_and_cache_mla",
     "indexer_k_quant_and_cache",
 ]

@@ -27,7 +27,6 @@ from fusedcomm.ops.attention.paged_checks import (
     check_integers,
     check_paged_cache,
     check_rows,
-    has_address,
 )
 from fusedcomm.ops.checks import FP8_DTYPES, check_apart
 
@@ -111,9 +110,8 @@ def cp_gather_indexer_k_quant_cache(
     dtypes = (torch.float32, torch.uint8)
     check_dense(dst_scale, "dst_scale", (num_rows, SCALE_BYTES if as_bytes else 1), dtypes, device)
     check_aligned(dst_scale, "dst_scale", SCALE_BYTES)
-    if has_address(kv_cache):
-        check_apart(dst_k, "dst_k", {"kv_cache": kv_cache})
-        check_apart(dst_scale, "dst_scale", {"kv_cache": kv_cache, "dst_k": dst_k})
+    check_apart(dst_k, "dst_k", {"kv_cache": kv_cache})
+    check_apart(dst_scale, "dst_scale", {"kv_cache": kv_cache, "dst_k": dst_k})
     scale = dst_scale.view(torch.float32).view(num_rows)
     operators = indexer_operators(device.type)
     operators.indexer_k_gather(
@@ -181,9 +179,8 @@ def fp8_paged_mqa_logits(
         out = torch.empty(shape, dtype=torch.float32, device=device)
     else:
         check_dense(out, "out", shape, (torch.float32,), device)
-        if has_address(out):
-            inputs = {"q": q, "kv_cache": kv_cache, "weights": weights}
-            check_apart(out, "out", inputs | {"context_lens": context_lens, "block_table": block_table})
+        inputs = {"q": q, "kv_cache": kv_cache, "weights": weights}
+        check_apart(out, "out", inputs | {"context_lens": context_lens, "block_table": block_table})
     operators = indexer_operators(device.type)
     operators.indexer_logits(
         q.contiguous().view(torch.uint8),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from fusedcomm import platform
-from fusedcomm.ops.checks import FP8_DTYPES, check_x
+from fusedcomm.ops.checks import FP8_DTYPES, check_x, has_address
 
 
 def check_paged_cache(cache: torch.Tensor, name: str, token_bytes: Sequence[int], alignment: int) -> None:
@@ -31,11 +31,6 @@ def check_paged_cache(cache: torch.Tensor, name: str, token_bytes: Sequence[int]
             f"got {cache.stride()}"
         )
     check_aligned(cache, name, alignment)
-
-
-def has_address(t: torch.Tensor) -> bool:
-    """Whether the tensor is memory: in torch.compile and among fake tensors none is."""
-    return not torch.compiler.is_compiling() and type(t) in (torch.Tensor, torch.nn.Parameter)
 
 
 def check_aligned(t: torch.Tensor, name: str, alignment: int) -> None:

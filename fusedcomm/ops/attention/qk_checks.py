@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -45,14 +45,13 @@ def check_strides(t: torch.Tensor, name: str) -> None:
 
 
 def check_outputs(
-    outputs: dict[str, tuple[torch.Tensor, tuple[int, ...]]], inputs: dict[str, torch.Tensor], like: torch.Tensor
+    outputs: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]], inputs: Mapping[str, torch.Tensor], like: torch.Tensor
 ) -> None:
     """Outputs that the caller gives: their shapes, dtype and device of ``like``, their strides, apart from inputs."""
     for name, (t, shape) in outputs.items():
         check_tensor(t, name, shape, (like.dtype,), like.device)
         check_strides(t, name)
-        if not torch.compiler.is_compiling():  # where there are no addresses
-            check_apart(t, name, inputs)
+        check_apart(t, name, inputs)
     names = list(outputs)
     for i, name in enumerate(names):
         if any(outputs[name][0] is outputs[other][0] for other in names[:i]):
@@ -155,6 +154,20 @@ def check_paged(
     check_scale(cache.k_scale, "cache.k_scale", k, x)
     check_scale(cache.v_scale, "cache.v_scale", v, x)
     check_tensor(slot_mapping, "slot_mapping", (x.shape[0],), (torch.int64,), x.device)
+
+
+def check_latent_cache(cache: torch.Tensor, name: str, width: int, x: torch.Tensor) -> None:
+    """``[blocks, block_size, width]``, or with a dimension of 1 before the last one; in the dtype of x or FP8."""
+    if not isinstance(cache, torch.Tensor):
+        raise ValueError(f"{name}: expected a torch.Tensor, got {type(cache).__name__}")
+    one_head = (1,) if cache.dim() == 4 else ()
+    if cache.dim() not in (3, 4) or cache.shape[1] < 1 or cache.shape[2:] != (*one_head, width):
+        raise ValueError(
+            f"{name}: expected shape [blocks, block_size, {width}] or [blocks, block_size, 1, {width}], "
+            f"got {tuple(cache.shape)}"
+        )
+    check_tensor(cache, name, tuple(cache.shape), (x.dtype, *FP8_DTYPES, torch.uint8), x.device)
+    check_strides(cache, name)
 
 
 def check_scale(scale: torch.Tensor | None, name: str, cache: torch.Tensor, x: torch.Tensor) -> None:

@@ -15,6 +15,9 @@ class QKOperators(NamedTuple):
     """
 
     qk_rmsnorm_out: Callable[..., None]
+    qk_norm_rope_out: Callable[..., None]
+    kv_materialize_out: Callable[..., None]
+    mla_prepare_out: Callable[..., None]
 
 
 _operators: dict[str, QKOperators] = {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import qk_bodies as bodies
 import spec
 import torch
 from cases import DTYPES, KINDS, make
-from qk_bodies import all_same, call, same, split, triton_backends
+from qk_bodies import all_same, call, same, split
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_backend import TritonOps
 
@@ -21,14 +19,6 @@ from fusedcomm.ops.attention import QK, fused_qk_rmsnorm
 SHAPES = [(5, 4, 4, 64), (3, 32, 8, 128), (2, 5, 3, 96), (2, 3, 7, 80), (1, 1, 1, 1), (4, 2, 1, 576), (7, 16, 1, 1024)]
 # One rounding to the dtype; fp32 itself: a sum of D squares, a root, a quotient and two products.
 TOLERANCE = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-20}
-
-
-@pytest.fixture(scope="module", params=["interpreter", "gpu"])
-def triton_ops(request: pytest.FixtureRequest) -> Iterator[TritonOps]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    with triton_backends(request.param) as found:
-        yield found
 
 
 def arguments(shape: tuple[int, int, int, int], dtype: torch.dtype, kind: str = "ordinary") -> tuple[Any, ...]:
