@@ -3,6 +3,7 @@
 compile_gpu.py OUT [TARGET…]     without targets: all those whose tools are here
 
 sm_80 sm_90 sm_100   nvcc and ptxas    -> OUT/TARGET/NAME.ptx, NAME.cubin, NAME.txt (registers, spills)
+                     with sm_90 also csrc/gpu/hopper, for sm_90a -> OUT/sm_90/hopper/NAME.…
 gfx942 gfx950        clang 22, lld 22  -> OUT/TARGET/NAME.s, NAME.co, NAME.ll (before any optimisation)
                      and the HIP headers and device bitcode of the triton wheel; the host half is checked as well
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942", "gfx950")
 NO_TOOLS = 3
+HOPPER = ROOT / "csrc/gpu/hopper"
 
 CLANG = "clang++-22"
 LLD = "ld.lld-22"
@@ -103,6 +105,9 @@ def make_rocm_tree(tree: Path) -> None:
 
 def compile_nvidia(source: Path, target: str, out: Path) -> None:
     """PTX, then machine code; ptxas tells what each kernel uses."""
+    if source.parent == HOPPER:
+        target, out = f"{target}a", out / HOPPER.name
+        out.mkdir(exist_ok=True)
     ptx = out / f"{source.stem}.ptx"
     run("nvcc", *NVCC_FLAGS, *INCLUDES, f"-arch={target}", "-ptx", source, "-o", ptx)
     used = run("ptxas", "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin"))
@@ -150,9 +155,12 @@ def compile_target(target: str, out: Path) -> int:
     if target in AMD:
         make_rocm_tree(tree)
     failures = 0
+    sources = sorted((ROOT / "csrc/gpu").glob("*.cu"))
+    if target == "sm_90":
+        sources += sorted(HOPPER.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {}
-        for source in sorted((ROOT / "csrc/gpu").glob("*.cu")):
+        for source in sources:
             if target in NVIDIA:
                 jobs[pool.submit(compile_nvidia, source, target, folder)] = source.name
             else:

@@ -1,11 +1,11 @@
 // The torch operators on GPUs: the schemas of ops.cpp under the CUDA key, which is ROCm's as well.
-#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include "bind/arguments.h"
 #include "bind/gpu_control.h"
+#include "bind/gpu_stream.h"
 #include "bind/operators.h"
 
 namespace fusedcomm {
@@ -13,24 +13,6 @@ namespace fusedcomm {
 namespace {
 
 using gpu::NormArguments;
-
-// torch's current stream of a device. The function is in torch's GPU library, which a build machine need not have.
-void* current_stream(int32_t device) {
-  using Function = AOTITorchError (*)(int32_t, void**);
-  static const Function function = [] {
-    for (const char* name : {"libtorch_cuda.so", "libtorch_hip.so"}) {
-      void* const library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
-      if (library == nullptr) continue;
-      void* const symbol = dlsym(library, "aoti_torch_get_current_cuda_stream");
-      if (symbol != nullptr) return reinterpret_cast<Function>(symbol);
-    }
-    return Function(nullptr);
-  }();
-  STD_TORCH_CHECK(function != nullptr, "no GPU build of torch is loaded");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(function(device, &stream));
-  return stream;
-}
 
 NormArguments norm_arguments(const NormTensors& t) {
   NormArguments a;

@@ -171,6 +171,12 @@ STABLE_TORCH_LIBRARY(fusedcomm, m) {
       "-> (Tensor fp8, Tensor scale)");
   m.def("per_group_quant_fp8_out(Tensor x, int group_size, Tensor(a!) fp8, Tensor(b!) scale) -> ()");
 
+  // on Hopper GPUs alone
+  m.def(
+      "sparse_mla_decode_out(Tensor q, Tensor main_cache, Tensor main_indices, Tensor? main_lens, Tensor? main_indptr, "
+      "Tensor? extra_cache, Tensor? extra_indices, Tensor? extra_lens, Tensor? extra_indptr, Tensor? attn_sink, "
+      "float scale, int num_splits, Tensor(a!) out, Tensor(b!)? partial, Tensor(c!)? lse) -> ()");
+
   m.def("comm_all_reduce(int comm, Tensor x) -> (Tensor out, bool done)");
   m.def("comm_all_reduce_out(int comm, Tensor x, Tensor(a!) out) -> bool");
   // call is the address of a NormCall
