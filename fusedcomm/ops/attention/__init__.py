@@ -12,6 +12,7 @@ from fusedcomm.ops.attention.kv_materialize import fused_kv_materialize
 from fusedcomm.ops.attention.mla_prepare import fused_qk_rope_cat_and_cache_mla
 from fusedcomm.ops.attention.qk_norm import fused_qk_rmsnorm
 from fusedcomm.ops.attention.qk_rope import fused_qk_norm_rope
+from fusedcomm.ops.attention.sparse_mla import sparse_mla_decode, sparse_mla_quant_and_cache
 
 __all__ = [
     "KV",
@@ -30,4 +31,6 @@ __all__ = [
     "fused_qk_rmsnorm",
     "fused_qk_rope_cat_and_cache_mla",
     "indexer_k_quant_and_cache",
+    "sparse_mla_decode",
+    "sparse_mla_quant_and_cache",
 ]

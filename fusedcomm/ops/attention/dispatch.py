@@ -36,9 +36,9 @@ setattr(attention_backend, "_dynamo_marked_constant", True)  # noqa: B010
 def choose_attention_backend(settings: Settings, device_type: str, *, triton_available: bool) -> str:
     """The pure rule behind attention_backend: Triton on a GPU that has it, else torch; or the one that is asked for.
 
-    There are no native forms of these ops. A setting that asks for one is about the other ops and leaves these to the
-    rule; so does one that asks for aiter, but for the op that aiter has (aiter_is_forced). ``triton_available``: it
-    serves this device type (the CPU by its interpreter alone).
+    A setting that asks for native or for aiter is about other ops and leaves these to the rule, but for the one op that
+    each has (kernels.attention.sparse_mla_hopper, aiter_is_forced). ``triton_available``: it serves this device type
+    (the CPU by its interpreter alone).
     """
     if settings.backend == "triton" and not triton_available:
         raise SettingError(f"FUSEDCOMM_BACKEND: expected torch on {device_type} here, got 'triton'")

@@ -1,0 +1,67 @@
+"""How sparse MLA decode is spread over a device: what a program takes, and into how many parts keys are split."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+MAX_SPLITS = 16
+_START = 2
+"""What a program takes beside its tiles, in tiles: three loads that wait for each other, queries, a result."""
+_REDUCTION = 3
+"""What the second launch takes, in tiles."""
+
+
+class Tile(NamedTuple):
+    """What a program takes; see sparse_mla_decode_kernel."""
+
+    heads: int
+    keys: int
+    num_warps: int
+    merged: bool
+    in_registers: bool
+    programs: int
+    """That run on a multiprocessor at the same time."""
+
+
+def tile_of(num_heads: int, arch: str) -> Tile:
+    """The tile for heads and an architecture (``"cpu"`` takes that of sm_90).
+
+    sm_90, as compiled by Triton 3.6 for 656 bytes a token:
+
+    - 64 heads of 64 keys. The result takes 128 registers of each of 256 threads, the next keys 40; queries, keys and
+      the exchange of weights 153 KB. So one program fits, with 255 registers and nothing spilled in the loop. wgmma
+      takes 64 rows at least, and keys and values from memory: one copy of the tile, one product over all its columns.
+    - 16 heads fill a quarter of wgmma, so they go by mma.sync, with keys as its right operand, straight out of the
+      registers that they were dequantised in. What limits such a program is the shared memory, which queries cross once
+      a warp and tile: four warps of 255 registers, 87 KB, two programs at a time.
+    - 32 heads: the same by eight warps.
+
+    AMD: each piece of keys goes through 8 KB of LDS to the registers of MFMA, of which there are 512: a wavefront a
+    SIMD. 64 keys, so that each of 256 threads loads 16 bytes. With more than 16 heads Triton 3.6 spills up to 40
+    registers, 3.9 none.
+    Others have the smallest tile, which fits their 99 KB of shared memory.
+    """
+    if arch.startswith("gfx"):
+        heads = 16 if num_heads <= 16 else 32 if num_heads <= 32 else 64
+        return Tile(heads, keys=64, num_warps=4, merged=False, in_registers=False, programs=1)
+    if num_heads > 32 and arch in ("sm_90", "cpu"):
+        return Tile(64, keys=64, num_warps=8, merged=True, in_registers=False, programs=1)
+    if num_heads > 16 and arch in ("sm_90", "cpu"):
+        return Tile(32, keys=64, num_warps=8, merged=False, in_registers=True, programs=1)
+    return Tile(16, keys=64, num_warps=4, merged=False, in_registers=True, programs=2)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
+    """Into how many parts to split the keys of each row, 1 to 16: what is done soonest, counted in tiles.
+
+    ``num_programs``: of one split; ``num_tiles``: that a row may have; ``num_slots``: programs that run at a time.
+    """
+
+    def duration(splits: int) -> int:
+        waves = math.ceil(num_programs * splits / num_slots)
+        return waves * (math.ceil(num_tiles / splits) + _START) + (_REDUCTION if splits > 1 else 0)
+
+    return min(range(1, max(min(MAX_SPLITS, num_tiles), 1) + 1), key=duration)
