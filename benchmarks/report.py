@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fusedcomm.cli.bench.attention.tables import attention_tables
 from fusedcomm.cli.bench.gpu.markdown import collectives_tables, decode_tables
 from fusedcomm.cli.bench.report import print_report, read_records, save_plot
 
@@ -18,7 +19,8 @@ def main() -> None:
     arguments = parser.parse_args()
     records = [record for file in arguments.files for record in read_records(file)]
     if arguments.markdown:
-        print("\n\n".join(filter(None, [collectives_tables(records), decode_tables(records)])))
+        tables = collectives_tables(records), decode_tables(records), attention_tables(records)
+        print("\n\n".join(filter(None, tables)))
     else:
         print_report(records, Console(width=200))
     if arguments.plot:

@@ -18,7 +18,7 @@ COMMANDS = {
     "doctor": ("fusedcomm.cli.doctor", "say what is here, and test it on real ranks"),
     "explain": ("fusedcomm.cli.explain", "say which stage a collective takes, and why not a faster one"),
     "generate": ("fusedcomm.cli.generate", "decode a prompt with a model over several ranks"),
-    "bench": ("fusedcomm.cli.bench.command", "measure the collectives against Gloo and MPI"),
+    "bench": ("fusedcomm.cli.bench.command", "measure collectives, a decode step or attention ops"),
 }
 
 

@@ -10,4 +10,6 @@ holds thin entries to them and the recorded results.
     job          what the peers of one run share: MPI, groups made with given settings and tuning
     worker       the entry of a rank process
     report       JSON lines, table, plot
+    gpu          the collectives and a decode step on GPUs
+    attention    the ops around attention, on one GPU
 """

@@ -70,7 +70,7 @@ class Inputs:
     def check_sum_close(self, got: torch.Tensor) -> None:
         """For libraries that round to the dtype after each of the W - 1 additions."""
         bound = self.world_size * torch.finfo(self.case.dtype).eps * self.magnitude
-        _check_close("sum", got, self.sum, bound)
+        check_close("sum", got, self.sum, bound)
 
     def check_norm_equal(self, norm: torch.Tensor, residual: torch.Tensor) -> None:
         for name, got in (("residual", residual), ("norm", norm)):
@@ -80,11 +80,11 @@ class Inputs:
     def check_norm_close(self, norm: torch.Tensor, residual: torch.Tensor) -> None:
         """For sums that were rounded in between."""
         bound = self._residual_bound()
-        _check_close("residual", residual, self.result.residual, bound)
+        check_close("residual", residual, self.result.residual, bound)
         expected = self.result.norm
         assert expected is not None  # it is asked for where the result is made
         # a row's root mean square is about sqrt(W + 1) and weights are near 1, so norming magnifies no error
-        _check_close("norm", norm, expected, bound + 0.02 * expected.float().abs())
+        check_close("norm", norm, expected, bound + 0.02 * expected.float().abs())
 
     def check_result_equal(self, got: AddRMSNormQuant) -> None:
         expected = self.result
@@ -96,9 +96,9 @@ class Inputs:
 
     def check_result_close(self, fp8: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor) -> None:
         """For sums that were rounded in between: an element of fp8 may be two steps (1/8 each) off."""
-        _check_close("residual", residual, self.result.residual, self._residual_bound())
+        check_close("residual", residual, self.result.residual, self._residual_bound())
         expected = _dequantize(self.result.fp8, self.result.scale)
-        _check_close("fp8 * scale", _dequantize(fp8, scale), expected, 0.25 * expected.abs() + 0.25)
+        check_close("fp8 * scale", _dequantize(fp8, scale), expected, 0.25 * expected.abs() + 0.25)
 
     def _residual_bound(self) -> torch.Tensor:
         eps = torch.finfo(self.case.dtype).eps
@@ -115,7 +115,10 @@ def _dequantize(fp8: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return groups.flatten(-2)
 
 
-def _check_close(name: str, got: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor) -> None:
+def check_close(name: str, got: torch.Tensor, expected: torch.Tensor, bound: torch.Tensor | float) -> None:
+    """Raises WrongResultError unless no element is further off than its bound; NaN, the poison, always is."""
+    if got.shape != expected.shape:
+        raise WrongResultError(f"{name}: expected shape {tuple(expected.shape)}, got {tuple(got.shape)}")
     error = (got.float() - expected.float()).abs()
-    if not bool((error <= bound).all()):  # NaN, the poison, fails too
+    if not bool((error <= bound).all()):
         raise WrongResultError(f"{name}: off by up to {error.max().item():.3g}")

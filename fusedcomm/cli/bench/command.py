@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from fusedcomm.cli.bench.attention import command as attention_command
 from fusedcomm.cli.bench.collectives import OPS
 from fusedcomm.cli.bench.gpu import command as gpu_command
 from fusedcomm.cli.bench.machine import describe_command
@@ -34,7 +35,11 @@ SWEEP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("benchmark", choices=("collectives", "decode"), help="what to measure; decode: a decode step, on GPUs")
+    add(
+        "benchmark",
+        choices=("collectives", "decode", "attention"),
+        help="what to measure; decode: a decode step, on GPUs; attention: the ops around attention, on one GPU",
+    )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--tp", type=_numbers, metavar="N[,N…]", help="ranks; several in turn (default: 8; on GPUs their number)")
     add("--tokens", type=_numbers, metavar="T[,T…]", help="rows of x (default: 1 to 256; 2 ranks: to 4096; GPU: 4096)")
@@ -80,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     gpu("--load-tokens", type=_sizes, metavar="T[,T…]", help="where to run beside a memory-bound kernel (or none)")
     gpu("--patience", type=float, metavar="SECONDS", help="a rank that takes longer for one shape ends the run")
+    gpu(
+        "--cases",
+        type=_names,
+        metavar="C[,C…]",
+        help="attention: patterns of ops (qk_norm_rope, indexer_*, sparse_mla_decode, …) or of op/size (default: all)",
+    )
     gpu("--batches", type=_numbers, metavar="B[,B…]", help="decode: sequences (default 1,16)")
     gpu("--layers", type=int, metavar="N", help="decode: decoder layers (default 36)")
     gpu("--context", type=int, metavar="N", help="decode: positions in the cache (default 1024)")
@@ -89,6 +100,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The exit code; prints tables on stdout, progress on stderr."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.benchmark == "attention":
+        return attention_command.run(arguments, device)
     if device == "cuda":
         return gpu_command.run(arguments)
     if arguments.benchmark == "decode":
@@ -119,9 +132,7 @@ def _run_on_cpu(arguments: argparse.Namespace) -> int:
             with json_path.open("a", encoding="utf-8") as file:
                 file.write(output.read_text(encoding="utf-8"))
     print_report(records, Console(width=None if sys.stdout.isatty() else 160))
-    if plot_path and records:
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
-        save_plot(records, plot_path)
+    if plot_path and save_plot(records, plot_path):
         print(f"plot: {plot_path}")
     if code:
         print(f"fusedcomm bench: the ranks failed under {launcher} (exit code {code})", file=sys.stderr)

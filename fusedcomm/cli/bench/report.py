@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fusedcomm.cli.bench.attention import targets as attention_targets
+from fusedcomm.cli.bench.attention.tables import BENCHMARK, of_attention, print_attention, save_attention_plot
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu import targets as gpu_targets
 from fusedcomm.cli.bench.targets import judge
@@ -20,11 +22,20 @@ Record = Mapping[str, Any]
 
 def read_records(path: Path) -> list[Record]:
     """The records of a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return parse_records(path.read_text(encoding="utf-8"))
+
+
+def parse_records(text: str) -> list[Record]:
+    """The records of JSON lines."""
+    return [json.loads(line) for line in text.splitlines() if line]
 
 
 def print_report(records: Sequence[Record], console: Console) -> None:
     """A table for each operation, world size and row length, what is absent, then the targets."""
+    attention = of_attention(records)
+    records = [r for r in records if r.get("benchmark") != BENCHMARK]
+    if attention:
+        print_attention(attention, console)
     timed = _timed(records)
     for key in _unique(_table_key(r) for r in timed):
         own = [r for r in timed if _table_key(r) == key]
@@ -35,6 +46,7 @@ def print_report(records: Sequence[Record], console: Console) -> None:
         _print_small([r for r in records if figure in r], figure, title, console)
     _print_absent([r for r in records if "absent" in r], console)
     verdicts = judge([r for r in records if r.get("device") != "cuda"]) + gpu_targets.judge(records)
+    verdicts += attention_targets.judge(attention)
     if verdicts:
         table = Table("targets", "target", "measured", "")
         for v in verdicts:
@@ -136,8 +148,13 @@ def _times(records: Sequence[Record]) -> Table:
     return table
 
 
-def save_plot(records: Sequence[Record], path: Path) -> None:
-    """Time a call over tokens, a panel for each operation, world size and row length; needs matplotlib."""
+def save_plot(records: Sequence[Record], path: Path) -> bool:
+    """Time a call over tokens, a panel for each operation, world size and row length; needs matplotlib.
+
+    Of records of ``bench attention``, a panel for each op. False where there is nothing to draw.
+    """
+    if attention := of_attention(records):
+        return save_attention_plot(attention, path)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,7 +163,8 @@ def save_plot(records: Sequence[Record], path: Path) -> None:
     timed = _timed(records)
     sizes, ops = _unique((r["world_size"], r["hidden"]) for r in timed), _unique(r["op"] for r in timed)
     if not timed:
-        return
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = pyplot.subplots(
         len(sizes), len(ops), figsize=(6.5 * len(ops), 4.8 * len(sizes)), squeeze=False, sharey="row"
     )
@@ -182,6 +200,7 @@ def save_plot(records: Sequence[Record], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+    return True
 
 
 def _unique(values: Any) -> list[Any]:

@@ -4,6 +4,7 @@ harness     measuring: cases captured in graphs, replayed in turn, the slowest r
 device      streams, events and graphs of one GPU
 job         what the cases of one run share: groups, NCCL, votes of the ranks
 peers       torch's ways: NCCL, with eager or compiled steps behind it, symmetric memory
+compiling   torch.compile as all benchmarks use it
 flashinfer  FlashInfer's all-reduce and its fused form, where it is installed
 ours        this library by stage and algorithm
 load        a memory-bound kernel that runs on a second stream meanwhile

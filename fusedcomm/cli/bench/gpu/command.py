@@ -32,28 +32,32 @@ def run(arguments: argparse.Namespace) -> int:
             command = launch_command(arguments.benchmark, ranks, spec)
             code = code or subprocess.run(command, check=False, env=launch_environ(ranks)).returncode
         text = written.read_text(encoding="utf-8") if written.exists() else ""
-        keep(text, arguments, written)
+        keep(text, arguments)
     if code:
         print(f"fusedcomm bench: the ranks failed (exit code {code})", file=sys.stderr)
     return 1 if code else 0
 
 
-def keep(text: str, arguments: argparse.Namespace, written: Path) -> None:
+def keep(text: str, arguments: argparse.Namespace) -> None:
     """Appends the records to their file, prints the report, and draws the plot."""
-    from rich.console import Console
-
-    from fusedcomm.cli.bench.report import print_report, read_records, save_plot
-
-    json_path, plot_path = output_paths(arguments)
+    json_path, _ = output_paths(arguments)
     if json_path is not None and text:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         with json_path.open("a", encoding="utf-8") as file:
             file.write(text)
-    records = read_records(written) if text else []
+    show(text, arguments)
+
+
+def show(text: str, arguments: argparse.Namespace) -> None:
+    """Prints the report of JSON lines, and draws the plot."""
+    from rich.console import Console
+
+    from fusedcomm.cli.bench.report import parse_records, print_report, save_plot
+
+    records = parse_records(text)
     print_report(records, Console(width=None if sys.stdout.isatty() else 200))
-    if plot_path is not None and any("us" in r and "tokens" in r for r in records):
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
-        save_plot(records, plot_path)
+    _, plot_path = output_paths(arguments)
+    if plot_path is not None and save_plot(records, plot_path):
         print(f"plot: {plot_path}")
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fusedcomm.cli.bench.harness import Timing
+from fusedcomm.cli.bench.registry import WrongResultError
 
 
 class AbsentError(Exception):
@@ -98,6 +99,8 @@ class Entry:
     name: str
     case: Case | None = None
     absent: str = ""
+    is_wrong: bool = False
+    """It is absent because its results are wrong."""
     replay: Callable[[], None] | None = None
     timing: Timing | None = None
     facts: dict[str, object] = field(default_factory=dict)
@@ -178,6 +181,7 @@ def _attempt(entry: Entry, ranks: Ranks, step: Callable[[], None]) -> None:
     try:
         step()
     except Exception as error:  # whatever a peer's library raises: the others are measured all the same
+        entry.is_wrong = isinstance(error, WrongResultError)
         text = str(error).strip() or repr(error)
         reason = text if isinstance(error, AbsentError) else f"{type(error).__name__}: {text}"
     entry.absent = ranks.first_reason(reason)

@@ -8,7 +8,6 @@ users would need.
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,12 +15,10 @@ import torch
 import torch.distributed as dist
 
 from fusedcomm.cli.bench.collectives import Eager, eager_add_norm_quant
+from fusedcomm.cli.bench.gpu.compiling import compiled
 from fusedcomm.cli.bench.gpu.harness import AbsentError, Case
 from fusedcomm.cli.bench.gpu.job import GpuJob
 from fusedcomm.cli.bench.gpu.shape import Shape, poison
-
-MOST_SHAPES = 256
-"""Shapes that one function may be compiled for; torch's default of 8 would fall back to eager without a word."""
 
 
 class Copy:
@@ -119,16 +116,9 @@ class NcclThenCompiled(NcclThenEager):
         self.tail = compiled_tail()
 
 
-@functools.cache
 def compiled_tail() -> Callable[..., Eager]:
     """eager_add_norm_quant through torch.compile."""
-    import torch._dynamo
-    import torch._inductor.config
-
-    torch._dynamo.config.recompile_limit = MOST_SHAPES
-    # two small kernels a shape: starting a pool of compiler processes on each rank takes longer than they do
-    torch._inductor.config.compile_threads = 1
-    return torch.compile(eager_add_norm_quant, dynamic=False, fullgraph=True)
+    return compiled(eager_add_norm_quant)
 
 
 class SymmetricMemory:
