@@ -1,9 +1,6 @@
 """The Triton kernels behind functions of the names and signatures of the compiled operators.
 
-Arguments have been checked and are contiguous. Whatever writes goes through torch operators
-(``torch.ops.fusedcomm_triton``), so that torch.compile and fake tensors take it as they take the compiled library.
-They are registered by hand: the dispatcher's way to Python costs four microseconds, where ``torch.library.custom_op``
-costs tens.
+Arguments have been checked and are contiguous. Whatever writes goes through torch operators (registration.py).
 """
 
 from __future__ import annotations
@@ -13,12 +10,12 @@ from typing import Any
 import torch
 import triton
 
-from fusedcomm import kernels
 from fusedcomm.kernels.fp8 import converts_to
 from fusedcomm.kernels.launching import launch
 from fusedcomm.kernels.norm import rms_norm_kernel, rms_norm_quant_kernel
 from fusedcomm.kernels.outputs import new_quant
 from fusedcomm.kernels.quant import group_quant_kernel
+from fusedcomm.kernels.registration import register
 
 _MIN_BLOCK = 128
 _QUANT_BLOCK = 4096  # elements that a program quantises
@@ -72,30 +69,19 @@ def _group_quant(x: torch.Tensor, group_size: int, fp8: torch.Tensor, scale: tor
     _launch(group_quant_kernel, grid, x.device, block, *arguments, **options)
 
 
-def _nothing(*args: object) -> None:
-    """What an operator that only writes to tensors of its caller makes of fake ones."""
-
-
-_library = torch.library.Library("fusedcomm_triton", "DEF")
-for _function, _schema in (
-    (
-        _rms_norm,
-        "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
-        "Tensor(a!) norm, Tensor(b!)? residual_out) -> ()",
-    ),
-    (
-        _rms_norm_quant,
-        "rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, int group_size, "
-        "Tensor(a!) fp8, Tensor(b!) scale, Tensor(c!) residual_out, Tensor(d!)? norm) -> ()",
-    ),
-    (_group_quant, "group_quant(Tensor x, int group_size, Tensor(a!) fp8, Tensor(b!) scale) -> ()"),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema)
-    _library.impl(_name, _function, "CUDA")  # HIP's key too
-    if kernels.available("cpu"):
-        _library.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"fusedcomm_triton::{_name}", _nothing, lib=_library)
+_rms_norm_op = register(
+    _rms_norm,
+    "rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, "
+    "Tensor(a!) norm, Tensor(b!)? residual_out) -> ()",
+)
+_rms_norm_quant_op = register(
+    _rms_norm_quant,
+    "rms_norm_quant(Tensor x, Tensor? residual, Tensor weight, float eps, float weight_bias, int group_size, "
+    "Tensor(a!) fp8, Tensor(b!) scale, Tensor(c!) residual_out, Tensor(d!)? norm) -> ()",
+)
+_group_quant_op = register(
+    _group_quant, "group_quant(Tensor x, int group_size, Tensor(a!) fp8, Tensor(b!) scale) -> ()"
+)
 
 
 # ---- launching ----
@@ -132,7 +118,7 @@ def _quant_options(hidden: int, group_size: int, fp8: torch.Tensor, scale: torch
 
 
 def rms_norm_out(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float, out: torch.Tensor) -> None:
-    torch.ops.fusedcomm_triton.rms_norm.default(x, None, weight, eps, weight_bias, out, None)
+    _rms_norm_op(x, None, weight, eps, weight_bias, out, None)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float) -> torch.Tensor:
@@ -150,7 +136,7 @@ def fused_add_rms_norm_out(
     norm: torch.Tensor,
     residual_out: torch.Tensor,
 ) -> None:
-    torch.ops.fusedcomm_triton.rms_norm.default(x, residual, weight, eps, weight_bias, norm, residual_out)
+    _rms_norm_op(x, residual, weight, eps, weight_bias, norm, residual_out)
 
 
 def fused_add_rms_norm(
@@ -173,9 +159,7 @@ def fused_add_rms_norm_quant_out(
     residual_out: torch.Tensor,
     norm: torch.Tensor | None,
 ) -> None:
-    torch.ops.fusedcomm_triton.rms_norm_quant.default(
-        x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, norm
-    )
+    _rms_norm_quant_op(x, residual, weight, eps, weight_bias, group_size, fp8, scale, residual_out, norm)
 
 
 def fused_add_rms_norm_quant(
@@ -196,7 +180,7 @@ def fused_add_rms_norm_quant(
 
 
 def per_group_quant_fp8_out(x: torch.Tensor, group_size: int, fp8: torch.Tensor, scale: torch.Tensor) -> None:
-    torch.ops.fusedcomm_triton.group_quant.default(x, group_size, fp8, scale)
+    _group_quant_op(x, group_size, fp8, scale)
 
 
 def per_group_quant_fp8(

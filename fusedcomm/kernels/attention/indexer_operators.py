@@ -1,6 +1,6 @@
 """The Triton kernels of the indexer behind the signatures of fusedcomm.ops.attention.indexer_reference.
 
-They are torch operators (``torch.ops.fusedcomm_triton``) registered by hand, as in fusedcomm.kernels.operators.
+They are torch operators (``torch.ops.fusedcomm_triton``): see fusedcomm.kernels.registration.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import torch
 import triton
 
-from fusedcomm import kernels
 from fusedcomm.kernels.attention.indexer import (
     indexer_k_gather_kernel,
     indexer_k_write_kernel,
@@ -18,6 +17,7 @@ from fusedcomm.kernels.attention.indexer import (
 )
 from fusedcomm.kernels.fp8 import converts_to
 from fusedcomm.kernels.launching import launch
+from fusedcomm.kernels.registration import register
 from fusedcomm.platform import device_facts
 
 _TOKENS = 32  # that a program writes or gathers: a thread moves two times 16 bytes of codes
@@ -159,36 +159,17 @@ def _multiplies(fnuz: bool, device: torch.device) -> bool:
 
 # ---- registration ----
 
-
-def _nothing(*args: object) -> None:
-    """What an operator that only writes to tensors of its caller makes of fake ones."""
-
-
-_library = torch.library.Library("fusedcomm_triton", "FRAGMENT")
-for _function, _schema in (
-    (
-        _indexer_k_write,
-        "indexer_k_write(Tensor k, Tensor(a!) kv_cache, Tensor slot_mapping, bool ue8m0, bool preshuffle, bool fnuz) "
-        "-> ()",
-    ),
-    (
-        _indexer_k_gather,
-        "indexer_k_gather(Tensor kv_cache, Tensor(a!) dst_k, Tensor(b!) dst_scale, Tensor block_table, "
-        "Tensor cu_seq_lens, bool preshuffle) -> ()",
-    ),
-    (
-        _indexer_logits,
-        "indexer_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
-        "Tensor(a!) out, bool preshuffle, bool fnuz) -> ()",
-    ),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema)
-    _library.impl(_name, _function, "CUDA")  # HIP's key too
-    if kernels.available("cpu"):
-        _library.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"fusedcomm_triton::{_name}", _nothing, lib=_library)
-
-indexer_k_write = torch.ops.fusedcomm_triton.indexer_k_write.default
-indexer_k_gather = torch.ops.fusedcomm_triton.indexer_k_gather.default
-indexer_logits = torch.ops.fusedcomm_triton.indexer_logits.default
+indexer_k_write = register(
+    _indexer_k_write,
+    "indexer_k_write(Tensor k, Tensor(a!) kv_cache, Tensor slot_mapping, bool ue8m0, bool preshuffle, bool fnuz) -> ()",
+)
+indexer_k_gather = register(
+    _indexer_k_gather,
+    "indexer_k_gather(Tensor kv_cache, Tensor(a!) dst_k, Tensor(b!) dst_scale, Tensor block_table, "
+    "Tensor cu_seq_lens, bool preshuffle) -> ()",
+)
+indexer_logits = register(
+    _indexer_logits,
+    "indexer_logits(Tensor q, Tensor kv_cache, Tensor weights, Tensor context_lens, Tensor block_table, "
+    "Tensor(a!) out, bool preshuffle, bool fnuz) -> ()",
+)

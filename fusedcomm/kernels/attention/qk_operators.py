@@ -1,20 +1,20 @@
 """The Triton kernels of the QK and MLA ops behind the signatures of fusedcomm.ops.attention.qk_reference.
 
-They are torch operators (``torch.ops.fusedcomm_triton``) registered by hand, as in fusedcomm.kernels.operators.
+They are torch operators (``torch.ops.fusedcomm_triton``): see fusedcomm.kernels.registration.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from fusedcomm import kernels
 from fusedcomm.kernels.attention.kv_materialize import kv_materialize_kernel
 from fusedcomm.kernels.attention.mla import mla_prepare_kernel
 from fusedcomm.kernels.attention.qk import qk_norm_rope_kernel, qk_rmsnorm_kernel
 from fusedcomm.kernels.fp8 import converts_to
 from fusedcomm.kernels.launching import launch
+from fusedcomm.kernels.registration import register
 
 _TILE = 1024  # elements of the heads that a program holds at a time: 8 heads of 128
 _ROUNDS = 2  # times that a program takes as many heads, with the weights and angles that it has
@@ -323,40 +323,23 @@ def _outer(x: torch.Tensor) -> tuple[int, ...]:
 # ---- registration ----
 
 
-def _nothing(*args: object) -> None:
-    """What an operator that only writes to tensors of its caller makes of fake ones."""
-
-
-_library = torch.library.Library("fusedcomm_triton", "FRAGMENT")
-
-
-def _register(function: Any, schema: str) -> Any:
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, function, "CUDA")  # HIP's key too
-    if kernels.available("cpu"):
-        _library.impl(name, function, "CPU")
-    torch.library.register_fake(f"fusedcomm_triton::{name}", _nothing, lib=_library)
-    return getattr(torch.ops.fusedcomm_triton, name).default
-
-
-qk_rmsnorm_out = _register(
+qk_rmsnorm_out = register(
     _qk_rmsnorm,
     "qk_rmsnorm_out(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, float eps, float weight_bias, "
     "Tensor(a!) q_out, Tensor(b!) k_out) -> ()",
 )
-qk_norm_rope_out = _register(
+qk_norm_rope_out = register(
     _qk_norm_rope,
     "qk_norm_rope_out(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos_sin, Tensor positions, float eps, "
     "float weight_bias, bool neox, Tensor(a!) q_out, Tensor(b!) k_out, Tensor(c!)? v_out, Tensor(d!)? k_cache, "
     "Tensor(e!)? v_cache, Tensor? slot_mapping, Tensor? k_scale, Tensor? v_scale) -> ()",
 )
-kv_materialize_out = _register(
+kv_materialize_out = register(
     _kv_materialize,
     "kv_materialize_out(Tensor kv, Tensor k_weight, Tensor cos_sin, Tensor positions, float eps, float weight_bias, "
     "bool neox, Tensor(a!) k_out, Tensor(b!) v_out) -> ()",
 )
-mla_prepare_out = _register(
+mla_prepare_out = register(
     _mla_prepare,
     "mla_prepare_out(Tensor q_nope, Tensor q_pe, Tensor k_nope, Tensor k_pe, Tensor(a!) kv_cache, "
     "Tensor slot_mapping, Tensor positions, Tensor cos_sin, Tensor? k_scale, bool neox, Tensor(b!) q_out) -> ()",

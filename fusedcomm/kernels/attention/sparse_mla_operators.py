@@ -1,6 +1,6 @@
 """The Triton kernels of sparse MLA behind the signatures of fusedcomm.ops.attention.sparse_mla_reference.
 
-They are torch operators (``torch.ops.fusedcomm_triton``) registered by hand, as in fusedcomm.kernels.operators.
+They are torch operators (``torch.ops.fusedcomm_triton``): see fusedcomm.kernels.registration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import triton
 
-from fusedcomm import kernels
 from fusedcomm.kernels.attention import sparse_mla_hopper
 from fusedcomm.kernels.attention.sparse_mla import sparse_mla_decode_kernel, sparse_mla_reduce_kernel
 from fusedcomm.kernels.attention.sparse_mla_hopper import Keys
@@ -21,6 +20,7 @@ from fusedcomm.kernels.attention.sparse_mla_write import sparse_mla_write_kernel
 from fusedcomm.kernels.attention.workspace import workspace
 from fusedcomm.kernels.fp8 import converts_to
 from fusedcomm.kernels.launching import launch
+from fusedcomm.kernels.registration import register
 from fusedcomm.platform import device_facts
 
 _TOKENS = 4  # that a program writes: 16 elements a thread
@@ -208,27 +208,12 @@ def _converts_from(fnuz: bool, device: torch.device) -> bool:
 
 # ---- registration ----
 
-
-def _nothing(*args: object) -> None:
-    """What an operator that only writes to tensors of its caller makes of fake ones."""
-
-
-_library = torch.library.Library("fusedcomm_triton", "FRAGMENT")
-for _function, _schema in (
-    (_sparse_mla_write, "sparse_mla_write(Tensor kv, Tensor(a!) cache, Tensor slot_mapping, bool fnuz) -> ()"),
-    (
-        _sparse_mla_decode,
-        "sparse_mla_decode_out(Tensor q, Tensor main_cache, Tensor main_indices, Tensor? main_lens, "
-        "Tensor? main_indptr, Tensor? extra_cache, Tensor? extra_indices, Tensor? extra_lens, Tensor? extra_indptr, "
-        "Tensor? attn_sink, float scale, int? num_splits, bool fnuz, Tensor(a!) out) -> ()",
-    ),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema)
-    _library.impl(_name, _function, "CUDA")  # HIP's key too
-    if kernels.available("cpu"):
-        _library.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"fusedcomm_triton::{_name}", _nothing, lib=_library)
-
-sparse_mla_write = torch.ops.fusedcomm_triton.sparse_mla_write.default
-sparse_mla_decode_out = torch.ops.fusedcomm_triton.sparse_mla_decode_out.default
+sparse_mla_write = register(
+    _sparse_mla_write, "sparse_mla_write(Tensor kv, Tensor(a!) cache, Tensor slot_mapping, bool fnuz) -> ()"
+)
+sparse_mla_decode_out = register(
+    _sparse_mla_decode,
+    "sparse_mla_decode_out(Tensor q, Tensor main_cache, Tensor main_indices, Tensor? main_lens, "
+    "Tensor? main_indptr, Tensor? extra_cache, Tensor? extra_indices, Tensor? extra_lens, Tensor? extra_indptr, "
+    "Tensor? attn_sink, float scale, int? num_splits, bool fnuz, Tensor(a!) out) -> ()",
+)
