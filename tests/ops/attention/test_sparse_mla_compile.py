@@ -108,10 +108,10 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch, token_bytes: int, num_heads: in
     else:
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in code.asm
         assert "wgmma" not in code.asm
-        # Keys never go back from shared memory for the scores: there are queries, weights, and keys as values alone.
-        warps, heads = code.threads // 32, num_heads
-        matrices = heads * columns * 2 // 512 + 64 * 512 * 2 // 512 // warps + heads * 64 * 2 // 512
-        assert loop.count("LDSM") <= matrices + 4
+        # From shared memory, by the instruction for matrices (512 bytes), come queries and weights for each warp and the
+        # values of its columns, and nothing else: keys never come back for the scores.
+        warps = code.threads // 32
+        assert loop.count("LDSM") == (num_heads * (columns + 64) * 2 + 64 * 512 * 2 // warps) // 512
     # every byte of the tile's values in loads of 16, before the loop and in it
     pieces = 9 if token_bytes == 584 else 10
     gathers = pieces * 64 * 64 // (16 * code.threads)
