@@ -108,7 +108,7 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch, token_bytes: int, num_heads: in
     else:
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in code.asm
         assert "wgmma" not in code.asm
-        # From shared memory, by the instruction for matrices (512 bytes), come queries and weights for each warp and the
+        # From shared memory, by the instruction for matrices (512 bytes), come queries, weights for each warp and the
         # values of its columns, and nothing else: keys never come back for the scores.
         warps = code.threads // 32
         assert loop.count("LDSM") == (num_heads * (columns + 64) * 2 + 64 * 512 * 2 // warps) // 512
