@@ -133,7 +133,8 @@ def table_of(lens: list[int], num_blocks: int, block_size: int, seed: int = 6) -
 
 def paged(memory: torch.Tensor, block_size: int, fp8: torch.dtype | None) -> torch.Tensor:
     """The cache in ``memory [blocks, stride]``: FP8, or bytes where fp8 is None."""
-    assert dispatch.attention_backend(memory.device.type) == os.environ.get("FUSEDCOMM_BACKEND", "torch")
+    expected = "triton" if memory.is_cuda else os.environ.get("FUSEDCOMM_BACKEND", "torch")
+    assert dispatch.attention_backend(memory.device.type) == expected
     blocks, stride = memory.shape
     cache = memory.as_strided((blocks, block_size, TOKEN_BYTES), (stride, TOKEN_BYTES, 1))
     return cache if fp8 is None else cache.view(fp8)

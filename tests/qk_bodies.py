@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from qk_cases import table
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_backend import GpuOps, InterpretedOps, TritonOps, to
 
+from fusedcomm.kernels.attention import sparse_mla_hopper
 from fusedcomm.ops import attention
 from fusedcomm.ops.attention import dispatch
 
@@ -32,8 +34,9 @@ def triton_backends(which: str) -> Iterator[TritonOps]:
     if not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("FUSEDCOMM_BACKEND", "triton")
-        monkeypatch.setattr(dispatch, "_chosen", {})
+        # the setting itself would refuse the CPU, on which the tests work out what they expect
+        monkeypatch.setattr(dispatch, "_chosen", {"cuda": "triton"})
+        monkeypatch.setattr(sparse_mla_hopper, "is_wanted", lambda: False)
         yield GpuOps()
 
 
@@ -92,6 +95,8 @@ def replays(device: str, body: Callable[..., Any], make_arguments: Callable[[int
 
 def registered(device: str, samples: dict[str, list[tuple[Any, ...]]]) -> None:
     """Operators of fusedcomm_triton by torch's own checks: schema, registration, fakes, tracing."""
+    for module in ("qk", "indexer", "sparse_mla"):  # importing them registers the operators
+        importlib.import_module(f"fusedcomm.kernels.attention.{module}_operators")
     for name, every in samples.items():
         for arguments in every:
             torch.library.opcheck(getattr(torch.ops.fusedcomm_triton, name).default, to(arguments, device))

@@ -20,7 +20,7 @@ def facts(arch: str) -> Any:
 
 @pytest.fixture
 def hopper_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "is_forced", lambda: True)
+    monkeypatch.setattr(hopper, "is_wanted", lambda: True)
     monkeypatch.setattr(hopper, "device_facts", facts("sm_90"))
     monkeypatch.setattr(native, "load_gpu", lambda: object())
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: key == "CUDA")
@@ -51,7 +51,7 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("missing", ["asked for", "Hopper", "library", "architecture of the library"])
 def test_without_any_of_these_triton_serves(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     if missing == "asked for":
-        monkeypatch.setattr(hopper, "is_forced", lambda: False)
+        monkeypatch.setattr(hopper, "is_wanted", lambda: False)
     elif missing == "Hopper":
         monkeypatch.setattr(hopper, "device_facts", facts("sm_100"))
     elif missing == "library":

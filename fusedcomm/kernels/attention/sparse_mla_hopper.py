@@ -1,7 +1,6 @@
 """The compiled kernel of sparse MLA decode for Hopper (csrc/gpu/hopper/sparse_mla.cu), in place of Triton's.
 
-It has not been run to its end on a GPU yet, so it serves only where ``FUSEDCOMM_BACKEND=native`` asks for it; what it
-does not take goes to Triton then.
+It serves by itself; what it does not take goes to Triton, and all of it with ``FUSEDCOMM_BACKEND=triton``.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ Keys = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torc
 
 
 @functools.cache
-def is_forced() -> bool:
-    """Whether ``FUSEDCOMM_BACKEND=native``; read once."""
-    return Settings.from_environ().backend == "native"
+def is_wanted() -> bool:
+    """Whether ``FUSEDCOMM_BACKEND`` leaves it the choice, or asks for it; read once."""
+    return Settings.from_environ().backend in (None, "native")
 
 
 def takes(q: torch.Tensor, out: torch.Tensor, fnuz: bool) -> bool:
-    """Whether it is asked for, is there, and takes queries and a result like these."""
-    if not is_forced() or device_facts(q.device).arch != "sm_90" or native.load_gpu() is None:
+    """Whether it is wanted, is there, and takes queries and a result like these."""
+    if not is_wanted() or device_facts(q.device).arch != "sm_90" or native.load_gpu() is None:
         return False
     if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATOR, "CUDA"):  # built for other architectures
         return False
