@@ -312,7 +312,7 @@ def test_fake_tensors(stored: torch.dtype) -> None:
         assert fake.dtype is torch.bfloat16
 
 
-def test_a_graph_sees_lengths_and_blocks_of_its_replay() -> None:
+def test_a_cuda_graph_sees_lengths_and_blocks_of_its_replay() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
     block = random_block((8, 8, 2, 128), torch.bfloat16, "cuda", lens=(5, 100, 0, 33))
@@ -334,7 +334,7 @@ def test_a_graph_sees_lengths_and_blocks_of_its_replay() -> None:
         assert_close(out, fresh.expected(), fresh)
 
 
-def test_the_host_does_not_wait() -> None:
+def test_the_host_does_not_wait_for_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
     block = random_block((8, 8, 2, 128), torch.bfloat16, "cuda")
