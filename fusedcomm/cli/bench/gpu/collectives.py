@@ -124,7 +124,8 @@ def _shape_records(
         yield {"op": entry.op, "peer": entry.name, **_figures(entry)}
     present = [e for e in entries if not e.absent]
     if tokens in spec.load_tokens and shape.case.hidden == spec.hidden[0]:
-        yield from _loaded(spec, job, [e for e in present if e.name != "copy" and "+eager" not in e.name], effort.calls)
+        # the copy too: what the load does to a kernel that waits for nobody
+        yield from _loaded(spec, job, [e for e in present if "+eager" not in e.name], effort.calls)
     if tokens in spec.host_tokens and shape.case.hidden == spec.hidden[0]:
         for entry in present:
             yield from _host(job, entry)
