@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for sm_90")
-    monkeypatch.setattr(sparse_mla_hopper, "is_forced", lambda: True)
+    monkeypatch.setattr(sparse_mla_hopper, "is_wanted", lambda: True)
     taken: list[int] = []
     decode = sparse_mla_hopper.decode
 
