@@ -35,8 +35,7 @@ def takes(rows: int = 3, heads: int = 64, *, fnuz: bool = False, **changes: torc
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert takes()
     assert takes(heads=128)
-    assert takes(heads=hopper.MIN_HEADS)
-    assert not takes(heads=hopper.MIN_HEADS - 1)
+    assert takes(heads=1)
     assert not takes(fnuz=True)
     apart = torch.zeros(3, 64, 1024).bfloat16()[..., :512]
     assert not takes(q=apart)

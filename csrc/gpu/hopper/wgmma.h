@@ -58,9 +58,12 @@ __device__ inline void hold(float (&d)[kCount]) {
 #define FUSEDCOMM_D8(d, i)                                                                                    \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define FUSEDCOMM_D32(d, i) FUSEDCOMM_D8(d, i), FUSEDCOMM_D8(d, i + 8), FUSEDCOMM_D8(d, i + 16), FUSEDCOMM_D8(d, i + 24)
+#define FUSEDCOMM_D16(d, i) FUSEDCOMM_D8(d, i), FUSEDCOMM_D8(d, i + 8)
+#define FUSEDCOMM_D32(d, i) FUSEDCOMM_D16(d, i), FUSEDCOMM_D16(d, i + 16)
 #define FUSEDCOMM_D128(d) FUSEDCOMM_D32(d, 0), FUSEDCOMM_D32(d, 32), FUSEDCOMM_D32(d, 64), FUSEDCOMM_D32(d, 96)
 
+#define FUSEDCOMM_REGISTERS_8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define FUSEDCOMM_REGISTERS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define FUSEDCOMM_REGISTERS_32                                                                                      \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
@@ -72,13 +75,43 @@ __device__ inline void hold(float (&d)[kCount]) {
   "%90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, "  \
   "%110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
-// d[64 x 64] = or += a[64 x 16] b[64 x 16]^T, both with K along their rows.
+// d[64 x N] = or += a[64 x 16] b[N x 16]^T, both with K along their rows; N is 16, 32 or 64.
+__device__ inline void multiply_rows(float (&d)[8], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %10, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 " FUSEDCOMM_REGISTERS_8 ", %8, %9, p, 1, 1, 0, 0;\n\t}"
+      : FUSEDCOMM_D8(d, 0)
+      : "l"(a), "l"(b), "r"(int(add)));
+}
+__device__ inline void multiply_rows(float (&d)[16], uint64_t a, uint64_t b, bool add) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %18, 0;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " FUSEDCOMM_REGISTERS_16 ", %16, %17, p, 1, 1, 0, 0;\n\t}"
+      : FUSEDCOMM_D16(d, 0)
+      : "l"(a), "l"(b), "r"(int(add)));
+}
 __device__ inline void multiply_rows(float (&d)[32], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\t"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " FUSEDCOMM_REGISTERS_32 ", %32, %33, p, 1, 1, 0, 0;\n\t}"
       : FUSEDCOMM_D32(d, 0)
       : "l"(a), "l"(b), "r"(int(add)));
+}
+
+// d[64 x N] += a[16 x 64]^T b[N x 16]^T: a with K over its rows, b with K along its rows; N is 16 or 32.
+__device__ inline void multiply_columns(float (&d)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 1, 1;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 " FUSEDCOMM_REGISTERS_8 ", %8, %9, p, 1, 1, 1, 0;\n\t}"
+      : FUSEDCOMM_D8(d, 0)
+      : "l"(a), "l"(b));
+}
+__device__ inline void multiply_columns(float (&d)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.eq.u32 p, 1, 1;\n\t"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 " FUSEDCOMM_REGISTERS_16 ", %16, %17, p, 1, 1, 1, 0;\n\t}"
+      : FUSEDCOMM_D16(d, 0)
+      : "l"(a), "l"(b));
 }
 
 // d[64 x 256] += a[64 x 16] b[16 x 256]: a in shared memory with K along its rows, b with K over its rows.
@@ -102,22 +135,35 @@ __device__ inline void multiply_add(float (&d)[128], const uint32_t (&a)[4], uin
 }
 
 #undef FUSEDCOMM_D8
+#undef FUSEDCOMM_D16
 #undef FUSEDCOMM_D32
 #undef FUSEDCOMM_D128
+#undef FUSEDCOMM_REGISTERS_8
+#undef FUSEDCOMM_REGISTERS_16
 #undef FUSEDCOMM_REGISTERS_32
 #undef FUSEDCOMM_REGISTERS_128
 
-// Ordinary stores to shared memory are seen by the matrix instructions that follow a barrier.
+// Stores four 8 x 8 matrices of 16-bit values to shared memory, each turned over. Of matrix i a thread has two
+// neighbours of row lane / 4, from column 2 (lane % 4) on; lane 8 i + c says where column c of it goes, in 16 bytes.
+__device__ inline void store_transposed(void* where, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(where)),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+// Ordinary stores to shared memory, this thread's and those it knows of by a barrier, are seen by the matrix
+// instructions that follow here or behind a barrier.
 __device__ inline void fence_stores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Takes registers from the pool of the block, or gives them back.
-template <int kCount>
-__device__ inline void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
-}
-template <int kCount>
-__device__ inline void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+// Takes registers from the pool of the block, or gives them back; a thread has kNow.
+template <int kCount, int kNow>
+__device__ inline void set_registers() {
+  static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
+  if constexpr (kCount > kNow) {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+  } else {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+  }
 }
 
 // Barriers of a part of the block, by number (0 is that of __syncthreads).

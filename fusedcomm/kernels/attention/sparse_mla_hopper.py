@@ -13,8 +13,6 @@ from fusedcomm import native
 from fusedcomm.env import Settings
 from fusedcomm.platform import device_facts
 
-MIN_HEADS = 33
-"""It multiplies 64 heads at a time: with fewer than half of them, Triton's does less for nothing."""
 MAX_ROWS = 65535  # of a grid's second dimension
 OPERATOR = "fusedcomm::sparse_mla_decode_out"
 
@@ -35,8 +33,13 @@ def takes(q: torch.Tensor, out: torch.Tensor, fnuz: bool) -> bool:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(OPERATOR, "CUDA"):  # built for other architectures
         return False
     is_aligned = q.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-    fits = q.shape[1] >= MIN_HEADS and q.shape[0] <= MAX_ROWS and q.is_contiguous() and out.is_contiguous()
+    fits = q.shape[0] <= MAX_ROWS and q.is_contiguous() and out.is_contiguous()
     return fits and is_aligned and not fnuz
+
+
+def block_heads(num_heads: int) -> int:
+    """How many heads a block takes; a multiprocessor has one block at a time."""
+    return 16 if num_heads <= 16 else 32 if num_heads <= 32 else 64
 
 
 def decode(
