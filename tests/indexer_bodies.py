@@ -5,10 +5,12 @@ The positions, the quantisation and the reads are written down again here, in lo
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import spec
@@ -198,6 +200,15 @@ def logits(
     arguments = (weights.to(device), context_lens.to(device), table.to(device), max_context_len, preshuffle)
     assert attention.fp8_paged_mqa_logits(q.to(device), cache, *arguments, out=out) is out
     return out.cpu()
+
+
+def logits_in_tiles(device: str, num_tiles: int, *arguments: Any) -> torch.Tensor:
+    """``logits`` where a program of Triton's scores so many tiles."""
+    if dispatch.attention_backend(device) == "torch":
+        return logits(device, *arguments)
+    operators = importlib.import_module("fusedcomm.kernels.attention.indexer_operators")
+    with mock.patch.object(operators, "_tiles", return_value=num_tiles):
+        return logits(device, *arguments)
 
 
 def far_apart(device: str, stride: int, block: int) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedcomm.kernels.attention.indexer import decode_fp8
+from fusedcomm.kernels.attention.fp8_rows import decode_fp8
 from fusedcomm.kernels.convert import INTERPRETED, narrow, widen
 
 VALUES: tl.constexpr = tl.constexpr(512)

@@ -5,7 +5,6 @@ They are torch operators (``torch.ops.fusedcomm_triton``): see fusedcomm.kernels
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ from fusedcomm.kernels.attention.sparse_mla_hopper import Keys
 from fusedcomm.kernels.attention.sparse_mla_splits import Tile, choose_splits, tile_of
 from fusedcomm.kernels.attention.sparse_mla_write import sparse_mla_write_kernel
 from fusedcomm.kernels.attention.workspace import workspace
-from fusedcomm.kernels.fp8 import converts_to
+from fusedcomm.kernels.fp8 import computes_with, converts_to
 from fusedcomm.kernels.launching import launch
 from fusedcomm.kernels.registration import register
 from fusedcomm.platform import device_facts
@@ -93,18 +92,19 @@ def _decode(
         return
     facts = device_facts(q.device)
     tile = tile_of(num_heads, facts.arch)
-    head_tiles = triton.cdiv(num_heads, tile.heads)
+    is_native = sparse_mla_hopper.takes(q, out, fnuz)
+    block_heads, programs = (sparse_mla_hopper.block_heads(num_heads), 1) if is_native else (tile.heads, tile.programs)
     if num_splits is None:
         capacity = sum(triton.cdiv(_capacity(keys, rows), tile.keys) for keys in (main, extra))
-        slots = (facts.num_sms or _CPU_MULTIPROCESSORS) * tile.programs
-        num_splits = choose_splits(rows * head_tiles, capacity, slots)
+        slots = (facts.num_sms or _CPU_MULTIPROCESSORS) * programs
+        num_splits = choose_splits(rows * triton.cdiv(num_heads, block_heads), capacity, slots)
     partial, lse, out_strides = out, None, (out.stride(0), 0, out.stride(1))
     if num_splits > 1:
         results = rows * num_splits * num_heads
         memory = workspace(results * (_VALUES + 1), q.device)
         partial, lse = memory[: results * _VALUES], memory[results * _VALUES :]
         out_strides = (num_splits * num_heads * _VALUES, num_heads * _VALUES, _VALUES)
-    if sparse_mla_hopper.takes(q, out, fnuz):
+    if is_native:
         sparse_mla_hopper.decode(q, main, extra, attn_sink, scale, num_splits, out, partial, lse)
     else:
         _launch_decode(q, main, extra, attn_sink, scale, num_splits, fnuz, tile, partial, lse, out_strides)
@@ -169,7 +169,7 @@ def _launch_decode(
         MAIN_RAGGED=main_ragged,
         EXTRA_RAGGED=extra_ragged,
         FNUZ=fnuz,
-        HARDWARE_FP8=_converts_from(fnuz, q.device),
+        HARDWARE_FP8=computes_with(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn, q.device),
         MERGED=tile.merged,
         IN_REGISTERS=tile.in_registers,
         num_warps=tile.num_warps,
@@ -195,15 +195,6 @@ def _arguments(keys: Keys) -> tuple[tuple[Any, ...], tuple[int, ...], int, bool]
     size, stride = (indices.shape[0], 0) if lens is None else (indices.shape[1], indices.stride(0))
     bounds = indptr if lens is None else lens
     return (cache, indices, bounds), (size, last_slot, stride, cache.stride(0) // 16), block_size, lens is None
-
-
-@functools.cache
-def _converts_from(fnuz: bool, device: torch.device) -> bool:
-    """Whether the device has instructions that convert this FP8 format to fp32."""
-    arch = device_facts(device).arch
-    if fnuz:
-        return arch == "gfx942"
-    return arch == "gfx950" or (arch.startswith("sm_") and int(arch[3:]) >= 89)
 
 
 # ---- registration ----

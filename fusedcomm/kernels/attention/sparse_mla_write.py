@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fusedcomm.kernels.attention.indexer import quantise_rows
+from fusedcomm.kernels.attention.fp8_rows import quantise_rows
 from fusedcomm.kernels.attention.sparse_mla_keys import ROPE_AT_584, ROPE_AT_656, token_at
 from fusedcomm.kernels.convert import narrow, widen
 

@@ -152,6 +152,31 @@ def test_both_layouts_to_the_bit(ops: TritonOps, case: Case, fp8: torch.dtype) -
         assert torch.equal(result.view(torch.int32), results[0].view(torch.int32))
 
 
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 100])
+@pytest.mark.parametrize("layout", [(4, False), (64, False), (64, True)])
+def test_tiles_of_a_program(ops: TritonOps, layout: tuple[int, bool], num_tiles: int) -> None:
+    """To the bit, wherever the context and the result end; several queries likewise."""
+    for case in (Case([449, 0, 64, 191], 1, 16, 450), Case([257, 3], 2, 16, 200)):
+        g = given(case, layout, FN)
+        want = ops.run(bodies.logits, *g, *layout)
+        check(want, exact(g, every_query(case.lens, case.next_n), *layout), tolerance(ops))
+        got = ops.run(bodies.logits_in_tiles, num_tiles, *g, *layout)
+        assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+
+
+def test_tiles_that_are_not_there(ops: TritonOps) -> None:
+    """Blocks of a whole tile below 0, past the end, or outside of the table."""
+    case, layout = Case([300, 300, 300], 2, 8, 300), (64, True)
+    g = given(case, layout, FN)
+    table = g.table[:, :4].contiguous()
+    table[0, 1], table[1, 0], table[2, 3] = -1, len(g.memory), 1 << 30
+    g = g._replace(table=table)
+    want = exact(g, every_query(case.lens, 2), *layout)
+    assert (want.logits == -np.inf).sum() == 6 * (64 + 300 - 256)
+    for num_tiles in (1, 5):
+        check(ops.run(bodies.logits_in_tiles, num_tiles, *g, *layout), want, tolerance(ops))
+
+
 def test_lengths_of_each_query(ops: TritonOps) -> None:
     """A tree of drafts, say: what a query sees grows with nothing."""
     case, layout = Case([140, 60], 3, 32, 140), (16, True)

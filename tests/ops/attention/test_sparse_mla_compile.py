@@ -31,6 +31,7 @@ def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def launches(monkeypatch: pytest.MonkeyPatch, target: Target, function: str, *arguments: Any) -> list[Launch]:
     """What an operator launches on a target; the tensors, on the CPU, stay as they are."""
     from fusedcomm import platform
+    from fusedcomm.kernels import fp8
     from fusedcomm.kernels.attention import sparse_mla_operators as operators
 
     found: list[Launch] = []
@@ -40,8 +41,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: Target, function: str, *ar
 
     with monkeypatch.context() as patch:
         patch.setattr(operators, "launch", launch)
-        patch.setattr(operators, "device_facts", lambda device: platform.DeviceFacts(str(target), "", b"", 132))
-        patch.setattr(operators, "_converts_from", operators._converts_from.__wrapped__)
+        for module in (operators, fp8):
+            patch.setattr(module, "device_facts", lambda device: platform.DeviceFacts(str(target), "", b"", 132))
+        patch.setattr(operators, "computes_with", fp8.computes_with.__wrapped__)
         patch.setattr(operators, "converts_to", lambda fp8, device: fp8 is target.fp8 and target.hardware_fp8)
         getattr(operators, function)(*arguments)
     return found
