@@ -49,8 +49,9 @@ def divide(x, scale, inverse):
     else:
         quotient = x * inverse
         divisor = tl.broadcast_to(tl.where(scale == float("inf"), 0.0, scale), x.shape)
-        excess = tl.fma(quotient, divisor, x * -1.0)  # not 0 - x: this costs nothing
-        return tl.fma(excess, tl.broadcast_to(-inverse, x.shape), quotient)
+        # times -1: Triton's minus is 0 - x, which costs an instruction, and gives +0 for the inverse of infinity
+        excess = tl.fma(quotient, divisor, x * -1.0)
+        return tl.fma(excess, tl.broadcast_to(inverse * -1.0, x.shape), quotient)
 
 
 @triton.jit

@@ -20,8 +20,7 @@ _WRITTEN_TOKENS, _WRITTEN_PIECES = 16, 1
 _GATHERED_TOKENS, _GATHERED_PIECES = 32, 2
 _COMPARED = 32  # entries of cu_seq_lens that a program compares at once
 _SCORED_TOKENS = 64  # of a tile
-_SCORED_REGISTERS: int | None = None  # of a thread, on NVIDIA; None: as many as the compiler takes
-_PROGRAMS = 12  # that score, of a multiprocessor, before they take more tiles each
+_PROGRAMS = 24  # that score, of a multiprocessor, before they take more tiles each
 _MAX_TILES = 16
 _CPU_PROGRAMS = 4  # so that the interpreter, too, has some of several tiles
 _MIN_DOT = 16  # rows and columns of the smallest tl.dot
@@ -137,7 +136,6 @@ def _indexer_logits(
         FP8_DOT=computes_with(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn, kv_cache.device),
         TOKENS=_SCORED_TOKENS,
         num_warps=_SCORED_TOKENS // 16,
-        **({"maxnreg": _SCORED_REGISTERS} if _SCORED_REGISTERS else {}),
         enable_fp_fusion=True,
     )
 
