@@ -18,6 +18,8 @@ from launched import TARGETS, Compiled, Launch, Target
 BF16, U8, I32 = torch.bfloat16, torch.uint8, torch.int32
 targets = pytest.mark.parametrize("target", TARGETS, ids=str)
 layouts = pytest.mark.parametrize("token_bytes", [584, 656])
+# each layout and each kind of list once: a compilation takes seconds
+forms = pytest.mark.parametrize(("token_bytes", "full"), [(584, True), (656, False)])
 NVIDIA = TARGETS[0]
 
 
@@ -90,9 +92,8 @@ def loop_of(code: Compiled) -> str:
     return "\n".join(text for at, text in found if first <= at <= last)
 
 
-@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("num_heads", [16, 32, 128])
-@layouts
+@forms
 def test_hopper(monkeypatch: pytest.MonkeyPatch, token_bytes: int, num_heads: int, full: bool) -> None:
     """What is multiplied, loaded, kept in shared memory and in registers."""
     found = decode(monkeypatch, NVIDIA, num_heads, token_bytes, full=full)
@@ -129,10 +130,9 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch, token_bytes: int, num_heads: in
     assert sum("STL" in text for _, text in instructions(code)) <= 32
 
 
-@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("num_heads", [16, 64])
 @pytest.mark.parametrize("target", TARGETS[1:], ids=str)
-@layouts
+@forms
 def test_amd(monkeypatch: pytest.MonkeyPatch, token_bytes: int, target: Target, num_heads: int, full: bool) -> None:
     launch = decode(monkeypatch, target, num_heads, token_bytes, full=full)[0]
     code = compiled(monkeypatch, launch, target)
