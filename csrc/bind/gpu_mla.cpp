@@ -94,10 +94,30 @@ T* result(const std::optional<Given>& t, const View& q, int32_t dtype, int64_t s
   return static_cast<T*>(t->owned.data());
 }
 
+MlaLayout layout_of(int64_t dim) {
+  check(dim == 512 || dim == 576, "q: expected a last dimension of 512 or 576");
+  return dim == 512 ? MlaLayout::kV4 : MlaLayout::kV32;
+}
+
+void check_form(int64_t block_heads) {
+  check(block_heads == 16 || block_heads == 32 || block_heads == 64, "block_heads: expected 16, 32 or 64");
+}
+
+// How many clusters that merge so many splits the device runs at a time; 0: it cannot merge them.
+int64_t sparse_mla_active_clusters(int64_t device, int64_t dim, int64_t block_heads, int64_t num_splits) {
+  check_form(block_heads);
+  if (num_splits < 1 || num_splits > gpu::kMaxMergedSplits) return 0;
+  const gpu::DeviceGuard guard{int32_t(device)};
+  const int clusters = gpu::sparse_mla_active_clusters(layout_of(dim), int(block_heads), int(num_splits));
+  STD_TORCH_CHECK(clusters >= 0, "asking for the clusters of sparse_mla_decode failed with the CUDA error ", -clusters);
+  return clusters;
+}
+
 void sparse_mla_decode_out(Handle q_given, Handle main_cache_given, Handle main_indices_given, Optional main_lens_given,
                            Optional main_indptr_given, Optional extra_cache_given, Optional extra_indices_given,
                            Optional extra_lens_given, Optional extra_indptr_given, Optional sink_given, double scale,
-                           int64_t num_splits, Handle out_given, Optional partial_given, Optional lse_given) {
+                           int64_t block_heads, int64_t num_splits, Handle out_given, Optional partial_given,
+                           Optional lse_given) {
   const Given q(q_given), main_cache(main_cache_given);
   const auto main_indices = given(main_indices_given), main_lens = given(main_lens_given);
   const auto main_indptr = given(main_indptr_given), extra_cache = given(extra_cache_given);
@@ -109,9 +129,9 @@ void sparse_mla_decode_out(Handle q_given, Handle main_cache_given, Handle main_
             q.view.device_type == aoti_torch_device_type_cuda() && reinterpret_cast<uintptr_t>(q.view.data) % 16 == 0,
         "q: expected contiguous bf16 [rows, heads, 512 or 576] on a GPU");
   const int64_t rows = q.view.sizes[0], heads = q.view.sizes[1], dim = q.view.sizes[2];
-  check(dim == 512 || dim == 576, "q: expected a last dimension of 512 or 576");
   check(rows <= 65535 && num_splits >= 1 && num_splits <= kMaxSplits, "q: expected at most 65535 rows and splits");
-  const MlaLayout layout = dim == 512 ? MlaLayout::kV4 : MlaLayout::kV32;
+  check_form(block_heads);
+  const MlaLayout layout = layout_of(dim);
   const int64_t token_bytes = dim == 512 ? kV4TokenBytes : kV32TokenBytes;
 
   gpu::SparseMlaArguments a;
@@ -130,11 +150,14 @@ void sparse_mla_decode_out(Handle q_given, Handle main_cache_given, Handle main_
   if (num_splits > 1) {
     a.partial = result<float>(partial, q.view, aoti_torch_dtype_float32(), num_splits * results * kValue);
     a.lse = result<float>(lse, q.view, aoti_torch_dtype_float32(), num_splits * results);
-    check(a.partial != nullptr && a.lse != nullptr, "partial, lse: expected tensors with several splits");
+    check((a.partial != nullptr) == (a.lse != nullptr), "partial, lse: expected both or neither");
+    check(a.partial != nullptr || (block_heads < 64 && num_splits <= gpu::kMaxMergedSplits),
+          "partial, lse: expected tensors with blocks of 64 heads and with more than 16 splits");
   }
   a.rows = int32_t(rows);
   a.heads = int32_t(heads);
   a.splits = int32_t(num_splits);
+  a.block_heads = int32_t(block_heads);
   a.scale = float(scale);
   const gpu::DeviceGuard guard(q.view.device);
   const int status = gpu::sparse_mla_decode(layout, a, current_stream(q.view.device));
@@ -142,6 +165,9 @@ void sparse_mla_decode_out(Handle q_given, Handle main_cache_given, Handle main_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fusedcomm, CUDA, m) { m.impl("sparse_mla_decode_out", TORCH_BOX(&sparse_mla_decode_out)); }
+STABLE_TORCH_LIBRARY_IMPL(fusedcomm, CompositeExplicitAutograd, m) {
+  m.impl("sparse_mla_active_clusters", TORCH_BOX(&sparse_mla_active_clusters));
+}
 
 }  // namespace
 }  // namespace fusedcomm

@@ -175,7 +175,8 @@ STABLE_TORCH_LIBRARY(fusedcomm, m) {
   m.def(
       "sparse_mla_decode_out(Tensor q, Tensor main_cache, Tensor main_indices, Tensor? main_lens, Tensor? main_indptr, "
       "Tensor? extra_cache, Tensor? extra_indices, Tensor? extra_lens, Tensor? extra_indptr, Tensor? attn_sink, "
-      "float scale, int num_splits, Tensor(a!) out, Tensor(b!)? partial, Tensor(c!)? lse) -> ()");
+      "float scale, int block_heads, int num_splits, Tensor(a!) out, Tensor(b!)? partial, Tensor(c!)? lse) -> ()");
+  m.def("sparse_mla_active_clusters(int device, int dim, int block_heads, int num_splits) -> int");
 
   m.def("comm_all_reduce(int comm, Tensor x) -> (Tensor out, bool done)");
   m.def("comm_all_reduce_out(int comm, Tensor x, Tensor(a!) out) -> bool");

@@ -28,13 +28,19 @@ struct SparseMlaArguments {
   const void* q = nullptr;      // [rows, heads, 512 or 576] bf16, contiguous
   const float* sink = nullptr;  // [heads] or null
   void* out = nullptr;          // [rows, heads, 512] bf16, contiguous
-  float* partial = nullptr;     // [rows, splits, heads, 512], normalised; written in place of out where splits > 1
-  float* lse = nullptr;         // [rows, splits, heads]: log2 of the sum of exp; -inf without a key
+  float* partial = nullptr;     // [rows, splits, heads, 512], normalised; written in place of out
+  float* lse = nullptr;         // [rows, splits, heads]: log2 of the sum of exp, -inf without a key; with partial
   int32_t rows = 0;
   int32_t heads = 0;
-  int32_t splits = 1;
+  int32_t splits = 1;       // without partial, several of them are merged by a cluster of blocks
+  int32_t block_heads = 0;  // 16, 32 or 64: that a block takes; those of 64 do not merge
   float scale = 1.0f;
 };
+
+constexpr int kMaxMergedSplits = 16;
+
+// How many clusters that merge `splits` splits the current device runs at a time, or a negative status of the runtime.
+int sparse_mla_active_clusters(MlaLayout layout, int block_heads, int splits);
 
 // The status is the runtime's; 0 is success. The device of the stream is the current one.
 int sparse_mla_decode(MlaLayout layout, const SparseMlaArguments& arguments, void* stream);

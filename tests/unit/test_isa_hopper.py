@@ -151,5 +151,25 @@ def test_the_cache_is_read_16_bytes_at_a_time(kernels: list[Kernel]) -> None:
         assert set(gathers) == {"v4.u32"}
 
 
+def test_a_token_of_up_to_32_heads_is_prefetched(kernels: list[Kernel]) -> None:
+    """All its bytes, by one instruction in each of the producer's two passes, and its scales where they lie apart."""
+    for kernel in kernels:
+        tokens = re.findall(r"cp\.async\.bulk\.prefetch\.L2\.global \[%\w+\], (\d+);", kernel.code)
+        scales = re.findall(r"\sprefetch\.global\.L2 ", kernel.code)
+        is_narrow, bytes_of_token = kernel.heads < 64, "576" if kernel.layout == 0 else "656"
+        assert tokens == [bytes_of_token] * (2 * is_narrow)
+        assert len(scales) == (2 if is_narrow and kernel.layout == 0 else 0)
+
+
+def test_a_cluster_merges_splits_of_up_to_32_heads(kernels: list[Kernel]) -> None:
+    """By consumers, by producers and by blocks without a key, each between two barriers of the cluster: so none reads
+    what is not there yet, and none leaves while it is read. Each loads 16 bytes at a time from up to 16 blocks."""
+    for kernel in kernels:
+        steps = r"barrier\.cluster\.((?:arrive|wait)\S*)\.aligned;|ld\.shared::cluster\.v([24])\.f32"
+        found = ["".join(one) for one in re.findall(steps, kernel.code)]
+        before, after = ["arrive.release", "wait.acquire"], ["arrive.relaxed", "wait"]
+        assert found == (3 * (before + 16 * ["2", "4"] + after) if kernel.heads < 64 else [])
+
+
 def test_no_multicast(kernels: list[Kernel]) -> None:
     assert not any("multimem" in kernel.code for kernel in kernels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fusedcomm import native
 from fusedcomm.kernels.attention import sparse_mla_hopper as hopper
+from fusedcomm.kernels.attention.sparse_mla_splits import Plan
 from fusedcomm.platform import DeviceFacts
 
 
@@ -61,8 +63,8 @@ def test_without_any_of_these_triton_serves(monkeypatch: pytest.MonkeyPatch, mis
 
 
 @pytest.mark.skipif(native.load() is None, reason="the native library is not installed")
-@pytest.mark.parametrize("num_splits", [1, 3])
-def test_the_call_fits_the_operator(num_splits: int) -> None:
+@pytest.mark.parametrize("how", [Plan(64, 1, False), Plan(32, 3, False), Plan(16, 3, True)])
+def test_the_call_fits_the_operator(how: Plan) -> None:
     """Bound to the schema that the compiled library declares, and received as it was meant."""
     received: list[tuple[Any, ...]] = []
     library = torch.library.Library("fusedcomm", "IMPL")
@@ -70,17 +72,50 @@ def test_the_call_fits_the_operator(num_splits: int) -> None:
     q, out, sink = torch.zeros(2, 64, 512).bfloat16(), torch.zeros(2, 64, 512).bfloat16(), torch.zeros(64)
     main = torch.zeros(1, 64, 584, dtype=torch.uint8), torch.zeros(2, 5).int(), torch.ones(2).int(), None
     extra = torch.zeros(1, 4, 584, dtype=torch.uint8), torch.zeros(7).int(), None, torch.zeros(3).int()
-    partial, lse = torch.zeros(num_splits * out.numel()), torch.zeros(num_splits * 128)
+    partial, lse = torch.zeros(how.num_splits * out.numel()), torch.zeros(how.num_splits * 128)
     try:
-        hopper.decode(q, main, extra, sink, 0.5, num_splits, out, partial, lse)
+        hopper.decode(q, main, extra, sink, 0.5, how, out, partial, lse)
     finally:
         library._destroy()
-    several = (partial, lse) if num_splits > 1 else (None, None)
+    apart = (partial, lse) if how == Plan(32, 3, False) else (None, None)
     [got] = received
-    want = (q, *main, *extra, sink, 0.5, num_splits, out, *several)
+    want = (q, *main, *extra, sink, 0.5, how.block_heads, how.num_splits, out, *apart)
     assert len(got) == len(want)
     assert all(a is b or a == b for a, b in zip(got, want, strict=True) if not isinstance(b, torch.Tensor))
     for a, b in zip(got, want, strict=True):
         if isinstance(b, torch.Tensor):
             assert a.data_ptr() == b.data_ptr()
             assert a.shape == b.shape
+
+
+@pytest.fixture
+def forget_plans() -> Iterator[None]:
+    hopper._active_clusters.cache_clear()
+    hopper.plan.cache_clear()
+    yield
+    hopper._active_clusters.cache_clear()
+    hopper.plan.cache_clear()
+
+
+@pytest.mark.usefixtures("forget_plans")
+@pytest.mark.skipif(native.load() is None, reason="the native library is not installed")
+def test_clusters_are_asked_for_once_by_device_and_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the schema that the compiled library declares; what is then chosen depends on the answers."""
+    asked: list[tuple[int, ...]] = []
+
+    def answer(device: int, dim: int, block_heads: int, num_splits: int) -> int:
+        asked.append((device, dim, block_heads, num_splits))
+        return 8 if block_heads == 16 and num_splits <= 5 and dim == 512 else 0
+
+    monkeypatch.setattr(hopper, "device_facts", facts("sm_90"))
+    library = torch.library.Library("fusedcomm", "IMPL")
+    library.impl("sparse_mla_active_clusters", answer, "BackendSelect")  # in front of what asks the driver
+    try:
+        assert hopper.plan(3, 512, 1, 128, 10, None) == Plan(16, 5, True)
+        assert hopper.plan(3, 512, 1, 64, 10, 4) == Plan(16, 4, True)
+        assert not hopper.plan(3, 576, 1, 128, 10, None).merged
+    finally:
+        library._destroy()
+    want = {(3, dim, heads, splits) for dim in (512, 576) for heads in (16, 32) for splits in range(1, 17)}
+    assert set(asked) == want
+    assert len(asked) == len(want)

@@ -20,6 +20,9 @@ constexpr int kTileStretchBytes = kKeys * h::kStretchBytes;
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr int kMaxSharedBytes = 227 * 1024;  // of a block
 
+// Whether the splits of a row become one result within the launch.
+__device__ inline bool merges(const SparseMlaArguments& a) { return a.splits > 1 && a.partial == nullptr; }
+
 // What a block computes: results of a row (a query token) for some heads, from one split of its keys.
 struct Place {
   int row, split, first_head;
@@ -36,6 +39,7 @@ struct Range {
   int64_t first[2];  // index into MlaKeys::indices
   int main_tiles;
   int begin, end;
+  int splits;  // that have keys: the first ones
 
   __device__ int tiles() const { return end - begin; }
 };
@@ -60,6 +64,7 @@ __device__ inline Range range_of(const SparseMlaArguments& a, int row, int split
   r.main_tiles = (r.len[0] + kKeys - 1) / kKeys;
   const int tiles = r.main_tiles + (r.len[1] + kKeys - 1) / kKeys;
   const int share = (tiles + a.splits - 1) / a.splits;
+  r.splits = share == 0 ? 0 : (tiles + share - 1) / share;
   r.begin = min(split * share, tiles);
   r.end = min(r.begin + share, tiles);
   return r;
@@ -145,13 +150,13 @@ __device__ inline void store_nothing(const SparseMlaArguments& a, const Place& p
   const int64_t first = place.of_head(a, place.first_head);
   for (int i = int(threadIdx.x); i < heads * kValue / 8; i += kThreads) {
     const int64_t at = first * kValue / 8 + i;
-    if (a.splits > 1) {
+    if (a.partial != nullptr) {
       reinterpret_cast<uint4*>(a.partial)[2 * at] = reinterpret_cast<uint4*>(a.partial)[2 * at + 1] = {0, 0, 0, 0};
     } else {
       static_cast<uint4*>(a.out)[at] = {0, 0, 0, 0};
     }
   }
-  if (a.splits == 1) return;
+  if (a.partial == nullptr) return;
   for (int i = int(threadIdx.x); i < heads; i += kThreads) a.lse[first + i] = -INFINITY;
 }
 
@@ -166,7 +171,7 @@ template <int kHeads>
 __device__ inline void load_sinks(const SparseMlaArguments& a, const Place& place, float (&target)[kHeads]) {
   if (int(threadIdx.x) >= kHeads) return;
   const int head = place.first_head + int(threadIdx.x);
-  const bool has_one = a.sink != nullptr && a.splits == 1 && head < a.heads;  // with splits, the reduction adds it
+  const bool has_one = a.sink != nullptr && a.partial == nullptr && head < a.heads;  // or the reduction adds it
   target[threadIdx.x] = has_one ? a.sink[head] * kLog2E : -INFINITY;
 }
 
@@ -176,7 +181,7 @@ __device__ inline float inverse_of(float largest, float sum, float sink) {
 }
 
 __device__ inline void store_lse(const SparseMlaArguments& a, const Place& place, int head, float largest, float sum) {
-  if (a.splits == 1 || head >= a.heads) return;
+  if (a.partial == nullptr || head >= a.heads) return;
   a.lse[place.of_head(a, head)] = largest == -INFINITY ? -INFINITY : largest + log2f(sum);
 }
 

@@ -7,12 +7,15 @@
 #pragma once
 
 #include "gpu/hopper/sparse_mla_block.h"
+#include "gpu/hopper/sparse_mla_merge.h"
 
 namespace fusedcomm::gpu {
 
 template <int kBlockHeads>
 struct Narrow {
   static constexpr int kHeads = kBlockHeads;
+  static constexpr bool kMerges = true;      // the splits of a row
+  static constexpr bool kPrefetches = true;  // tokens, into L2
   static_assert(kHeads == 16 || kHeads == 32);
   static constexpr int kConsumers = h::kWarpgroup, kProducers = 2 * h::kWarpgroup, kThreads = kConsumers + kProducers;
   // As of Wide. O^T alone takes up to 128 registers of a consumer's thread.
@@ -32,6 +35,11 @@ struct NarrowShared {
   Tiles<kLayout, kBuffers> tiles;
   float of_warps[4][kHeads];
   float sink[kHeads];
+  float2 weights[kHeads];  // of a part
+
+  // [head][512], in the memory of the tiles: there is no next one.
+  __device__ float* values() { return reinterpret_cast<float*>(tiles.k[0]); }
+  __device__ Part<kHeads> part() { return {values(), weights, sink}; }
 };
 
 constexpr int kMeetConsumers = 1;  // a barrier
@@ -105,14 +113,14 @@ __device__ inline void multiply_values(const uint8_t* tile, const uint8_t* weigh
   h::commit();
 }
 
-// Turns O^T over in shared memory, `memory`, and stores rows of it.
+// Stores rows of O.
 template <bool kPartial, int kHeads>
 __device__ inline void store_rows(const SparseMlaArguments& a, const Place& place, const float* memory) {
   constexpr int kChunks = kValue / 8;
   const int heads = min(kHeads, a.heads - place.first_head);
   for (int i = int(threadIdx.x); i < heads * kChunks; i += h::kWarpgroup) {
     const int head = i / kChunks, chunk = i % kChunks;
-    const float4* const from = reinterpret_cast<const float4*>(memory + head * kValue + (chunk ^ head / 2 % 4) * 8);
+    const float4* const from = reinterpret_cast<const float4*>(memory + value_at(head, chunk * 8));
     const float4 x = from[0], y = from[1];
     const int64_t at = place.of_head(a, place.first_head + head) * kChunks + chunk;
     if constexpr (kPartial) {
@@ -125,29 +133,22 @@ __device__ inline void store_rows(const SparseMlaArguments& a, const Place& plac
   }
 }
 
+// Turns O^T over in shared memory, each head's times `factor`.
 template <int kHeads>
-__device__ inline void store_result(const SparseMlaArguments& a, const Place& place,
-                                    const float (&o)[kValueStretches][kHeads / 2], const float (&inverse)[kHeads / 4],
-                                    float* memory) {
+__device__ inline void turn_over(const float (&o)[kValueStretches][kHeads / 2], const float (&factor)[kHeads / 4],
+                                 float* memory) {
   using C = Columns<kHeads>;
 #pragma unroll
   for (int e = 0; e < C::kCount; ++e) {
-    // [head][512], eights of columns in an order in which the threads of a warp have 32 banks
     const int head = C::head(e);
 #pragma unroll
     for (int j = 0; j < kValueStretches; ++j) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int column = j * h::kStretch + C::row(i);
-        memory[head * kValue + (column ^ head / 2 % 4 * 8)] = o[j][C::element(e, i)] * inverse[e];
+        memory[value_at(head, column)] = o[j][C::element(e, i)] * factor[e];
       }
     }
-  }
-  h::meet<kMeetConsumers, h::kWarpgroup>();
-  if (a.splits > 1) {
-    store_rows<true, kHeads>(a, place, memory);
-  } else {
-    store_rows<false, kHeads>(a, place, memory);
   }
 }
 
@@ -246,13 +247,25 @@ __device__ inline void consume(const SparseMlaArguments& a, const Range& range, 
   }
 
   over_rows<kHeads>(sum, shared.of_warps, [](float x, float y) { return x + y; });
-  float inverse[C::kCount];
+  const bool is_part = merges(a);
+  float factor[C::kCount];
 #pragma unroll
   for (int e = 0; e < C::kCount; ++e) {
-    if (threadIdx.x < 4) store_lse(a, place, place.first_head + C::head(e), largest[e], sum[e]);
-    inverse[e] = inverse_of(largest[e], sum[e], shared.sink[C::head(e)]);
+    const int head = C::head(e);
+    if (threadIdx.x < 4) {
+      store_lse(a, place, place.first_head + head, largest[e], sum[e]);
+      shared.weights[head] = {largest[e], sum[e]};
+    }
+    factor[e] = is_part ? 1.0f : inverse_of(largest[e], sum[e], shared.sink[head]);
   }
-  store_result<kHeads>(a, place, o, inverse, reinterpret_cast<float*>(shared.tiles.k[0]));
+  turn_over<kHeads>(o, factor, shared.values());
+  if (is_part) return;
+  h::meet<kMeetConsumers, h::kWarpgroup>();
+  if (a.partial != nullptr) {
+    store_rows<true, kHeads>(a, place, shared.values());
+  } else {
+    store_rows<false, kHeads>(a, place, shared.values());
+  }
 }
 
 }  // namespace fusedcomm::gpu

@@ -51,6 +51,14 @@ struct Token {
   __device__ const uint8_t* first_scale() const { return kLayout == MlaLayout::kV4 ? scales : data + 512; }
 };
 
+// A token into L2.
+template <MlaLayout kLayout>
+__device__ inline void prefetch(const Token<kLayout>& token) {
+  constexpr int kBytes = Format<kLayout>::kTokenBytes;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(token.data), "n"(kBytes) : "memory");
+  if constexpr (kLayout == MlaLayout::kV4) asm volatile("prefetch.global.L2 [%0];" ::"l"(token.scales) : "memory");
+}
+
 // What a thread has of a token: 16 of the 64 codes of each stretch, and 2 x 8 of its bf16 values.
 template <MlaLayout kLayout>
 struct Quarter {
@@ -99,10 +107,10 @@ struct Quarter {
 // two.
 //
 // While a pass is unpacked, the tokens of the next are on their way, and the index of the one behind it, where the
-// token is found. All of these are waited for at one point, before the next loads set out: the assembler has few
-// scoreboards, and gives loads of several passes the same one, so that to wait for the older is to wait for the newer
-// as well.
-template <int kThreads, class Tiles, MlaLayout kLayout>
+// token is found, and prefetched if that is wanted. All of these are waited for at one point, before the next loads set
+// out: the assembler has few scoreboards, and gives loads of several passes the same one, so that to wait for the older
+// is to wait for the newer as well.
+template <int kThreads, bool kPrefetches, class Tiles, MlaLayout kLayout>
 __device__ inline void produce(const SparseMlaArguments& a, Tiles& tiles, int thread) {
   const Range& range = tiles.range;
   constexpr int kTokens = kThreads / 4, kPasses = kKeys / kTokens;
@@ -136,6 +144,7 @@ __device__ inline void produce(const SparseMlaArguments& a, Tiles& tiles, int th
     following.load(next, lane, offset);
     __syncwarp();  // what follows stays behind the loads
     next = token_at(pass + 2, index);
+    if (kPrefetches && lane == 0 && next.bias == 0.0f) prefetch(next);
     index = index_of(pass + 3, offset);
     if (pass % kPasses == 0) tiles.empty[turn.buffer].wait(turn.parity ^ 1);
     const uint32_t row = uint32_t(pass % kPasses * kTokens + first_row);

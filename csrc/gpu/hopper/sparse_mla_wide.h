@@ -13,6 +13,8 @@ namespace fusedcomm::gpu {
 
 struct Wide {
   static constexpr int kHeads = 64;
+  static constexpr bool kMerges = false;
+  static constexpr bool kPrefetches = false;
   static constexpr int kConsumers = 2 * h::kWarpgroup, kProducers = h::kWarpgroup, kThreads = kConsumers + kProducers;
   // Registers of a thread of each warpgroup. A block starts with what a third of a multiprocessor has for each, in
   // steps of eight; a warpgroup that asks for more than the others have given back waits for ever.
@@ -77,7 +79,7 @@ __device__ inline void store_columns(const SparseMlaArguments& a, const Place& p
 
 __device__ inline void store_result(const SparseMlaArguments& a, const Place& place, int first_column,
                                     const float (&o)[128], const float (&inverse)[2]) {
-  if (a.splits > 1) {
+  if (a.partial != nullptr) {
     store_columns<true>(a, place, first_column, o, inverse);
   } else {
     store_columns<false>(a, place, first_column, o, inverse);

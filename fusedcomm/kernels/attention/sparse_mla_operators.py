@@ -14,7 +14,7 @@ import triton
 from fusedcomm.kernels.attention import sparse_mla_hopper
 from fusedcomm.kernels.attention.sparse_mla import sparse_mla_decode_kernel, sparse_mla_reduce_kernel
 from fusedcomm.kernels.attention.sparse_mla_hopper import Keys
-from fusedcomm.kernels.attention.sparse_mla_splits import Tile, choose_splits, tile_of
+from fusedcomm.kernels.attention.sparse_mla_splits import Plan, Tile, choose_splits, tile_of
 from fusedcomm.kernels.attention.sparse_mla_write import sparse_mla_write_kernel
 from fusedcomm.kernels.attention.workspace import workspace
 from fusedcomm.kernels.fp8 import computes_with, converts_to
@@ -92,23 +92,27 @@ def _decode(
         return
     facts = device_facts(q.device)
     tile = tile_of(num_heads, facts.arch)
+    tiles = sum(triton.cdiv(_capacity(keys, rows), tile.keys) for keys in (main, extra))
     is_native = sparse_mla_hopper.takes(q, out, fnuz)
-    block_heads, programs = (sparse_mla_hopper.block_heads(num_heads), 1) if is_native else (tile.heads, tile.programs)
-    if num_splits is None:
-        capacity = sum(triton.cdiv(_capacity(keys, rows), tile.keys) for keys in (main, extra))
-        slots = (facts.num_sms or _CPU_MULTIPROCESSORS) * programs
-        num_splits = choose_splits(rows * triton.cdiv(num_heads, block_heads), capacity, slots)
+    if is_native:
+        how = sparse_mla_hopper.plan(q.device.index, q.shape[2], rows, num_heads, tiles, num_splits)
+    else:
+        slots = (facts.num_sms or _CPU_MULTIPROCESSORS) * tile.programs
+        programs = rows * triton.cdiv(num_heads, tile.heads)
+        how = Plan(tile.heads, num_splits or choose_splits(programs, tiles, slots), merged=False)
+    num_splits = how.num_splits
+    is_reduced = num_splits > 1 and not how.merged
     partial, lse, out_strides = out, None, (out.stride(0), 0, out.stride(1))
-    if num_splits > 1:
+    if is_reduced:
         results = rows * num_splits * num_heads
         memory = workspace(results * (_VALUES + 1), q.device)
         partial, lse = memory[: results * _VALUES], memory[results * _VALUES :]
         out_strides = (num_splits * num_heads * _VALUES, num_heads * _VALUES, _VALUES)
     if is_native:
-        sparse_mla_hopper.decode(q, main, extra, attn_sink, scale, num_splits, out, partial, lse)
+        sparse_mla_hopper.decode(q, main, extra, attn_sink, scale, how, out, partial, lse)
     else:
         _launch_decode(q, main, extra, attn_sink, scale, num_splits, fnuz, tile, partial, lse, out_strides)
-    if num_splits > 1:
+    if is_reduced:
         launch(
             sparse_mla_reduce_kernel,
             (rows * num_heads,),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 MAX_SPLITS = 16
@@ -65,3 +66,71 @@ def choose_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
         return waves * (math.ceil(num_tiles / splits) + _START) + (_REDUCTION if splits > 1 else 0)
 
     return min(range(1, max(min(MAX_SPLITS, num_tiles), 1) + 1), key=duration)
+
+
+# ---- the compiled kernel for Hopper ----
+
+
+class Plan(NamedTuple):
+    """How a call of the compiled kernel is spread over a device."""
+
+    block_heads: int
+    """16, 32 or 64: heads of a block."""
+    num_splits: int
+    merged: bool
+    """Whether a cluster of blocks merges the splits, in the same launch."""
+
+
+class _Form(NamedTuple):
+    """What a block takes on an H200, in microseconds."""
+
+    start: float
+    tile: float
+    """64 keys."""
+
+
+_FORMS = {16: _Form(5.4, 1.75), 32: _Form(5.6, 1.9), 64: _Form(6.5, 2.9)}
+_MERGE = 1.0
+"""What it takes to merge splits in a cluster, in microseconds."""
+_REDUCE = 3.0
+"""What the second launch takes beside its bytes, in microseconds."""
+_BYTES_PER_US = 2.5e6
+_PARTIAL_BYTES = 2 * 4 * 512
+"""Of a head and split: written and read."""
+
+
+def choose_plan(
+    rows: int,
+    num_heads: int,
+    num_tiles: int,
+    num_sms: int,
+    active_clusters: Mapping[int, Sequence[int]],
+    num_splits: int | None = None,
+) -> Plan:
+    """What is done soonest, with ``num_splits`` splits if that is given, otherwise with 1 to 16 of them.
+
+    ``num_tiles``: of 64 keys, that a row may have. ``active_clusters[block_heads][splits]``: how many clusters that
+    merge so many splits run at a time; 0 where there are none.
+    """
+
+    def duration(plan: Plan) -> float:
+        form = _FORMS[plan.block_heads]
+        per_split = rows * math.ceil(num_heads / plan.block_heads)
+        block = form.start + math.ceil(num_tiles / plan.num_splits) * form.tile
+        if plan.merged:
+            return math.ceil(per_split / active_clusters[plan.block_heads][plan.num_splits]) * block + _MERGE
+        waves = math.ceil(per_split * plan.num_splits / num_sms)
+        if plan.num_splits == 1:
+            return waves * block
+        return waves * block + _REDUCE + rows * num_heads * plan.num_splits * _PARTIAL_BYTES / _BYTES_PER_US
+
+    def candidates() -> Iterator[Plan]:
+        most = max(min(MAX_SPLITS, num_tiles), 1)
+        for splits in range(1, most + 1) if num_splits is None else (num_splits,):
+            for block_heads in _FORMS:
+                clusters = active_clusters.get(block_heads, ())
+                if 1 < splits < len(clusters) and clusters[splits] > 0:
+                    yield Plan(block_heads, splits, merged=True)
+                yield Plan(block_heads, splits, merged=False)
+
+    return min(candidates(), key=duration)

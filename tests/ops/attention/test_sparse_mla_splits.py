@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from fusedcomm.kernels.attention import workspace as module
-from fusedcomm.kernels.attention.sparse_mla_splits import MAX_SPLITS, choose_splits, tile_of
+from fusedcomm.kernels.attention.sparse_mla_splits import MAX_SPLITS, Plan, choose_plan, choose_splits, tile_of
 from fusedcomm.kernels.attention.workspace import workspace
 
 CPU = torch.device("cpu")
@@ -63,6 +63,66 @@ def test_tiles(arch: str) -> None:
         assert tile.heads <= max(16, 2 * heads)
         assert tile.merged == (arch in ("sm_90", "cpu") and heads > 32)
         assert tile.in_registers == (not arch.startswith("gfx") and not tile.merged)
+
+
+# ---- the compiled kernel ----
+
+_PARTS = (16, 16, 16, 16, 16, 16, 18, 18)  # multiprocessors that a cluster stays within, of a GPU with 132
+_CLUSTERS = {heads: [0, *(sum(n // splits for n in _PARTS) for splits in range(1, 17))] for heads in (16, 32)}
+_NO_CLUSTERS = {heads: [0] * 17 for heads in (16, 32)}
+
+
+def plan(
+    rows: int, heads: int, tiles: int, splits: int | None = None, clusters: dict[int, list[int]] = _CLUSTERS
+) -> Plan:
+    return choose_plan(rows, heads, tiles, 132, clusters, splits)
+
+
+def test_a_few_rows_take_small_blocks_that_merge() -> None:
+    """640 keys are ten tiles. As many blocks as run at a time, none of which has a tile more than it must."""
+    assert plan(1, 64, 10) == Plan(16, 10, True)
+    assert plan(1, 128, 10) == Plan(16, 10, True)
+    assert plan(2, 128, 10) == Plan(32, 10, True)  # 16 clusters of ten blocks do not run at a time, 8 do
+    assert plan(4, 128, 10) == Plan(32, 5, True)
+    assert plan(1, 16, 32) == Plan(16, 16, True)
+
+
+def test_many_rows_take_blocks_of_all_their_heads() -> None:
+    assert plan(256, 16, 32) == Plan(16, 1, False)
+    assert plan(128, 32, 32) == Plan(32, 1, False)
+    assert plan(128, 64, 32) == Plan(64, 1, False)
+    assert plan(128, 128, 32) == Plan(64, 1, False)
+
+
+def test_what_is_short_is_one_split() -> None:
+    for heads in (1, 16, 64, 128):
+        assert plan(1, heads, 0).num_splits == 1
+        assert plan(1, heads, 1).num_splits == 1
+
+
+def test_nothing_merges_where_too_few_clusters_run() -> None:
+    for rows in (1, 2, 8, 100):
+        for heads in (8, 32, 128):
+            assert not plan(rows, heads, 32, clusters=_NO_CLUSTERS).merged
+            assert not plan(rows, heads, 32, 7, _NO_CLUSTERS).merged
+    assert plan(1, 128, 32, clusters=_NO_CLUSTERS).num_splits > 1
+    one_at_a_time = {heads: [1] * 17 for heads in (16, 32)}
+    assert not plan(1, 128, 10, clusters=one_at_a_time).merged
+    up_to_eight = {heads: [*found[:9], *(0 for _ in found[9:])] for heads, found in _CLUSTERS.items()}
+    assert plan(1, 128, 10, clusters=up_to_eight) == Plan(16, 5, True)
+    assert plan(1, 128, 32, 8, up_to_eight).merged
+    assert not plan(1, 128, 32, 9, up_to_eight).merged
+
+
+def test_splits_that_are_asked_for_are_taken() -> None:
+    for rows in (1, 3, 64, 300):
+        for heads in (1, 16, 48, 128):
+            for splits in range(1, 17):
+                for tiles in (0, 3, 40):
+                    chosen = plan(rows, heads, tiles, splits)
+                    assert chosen.num_splits == splits
+                    assert chosen.block_heads in (16, 32, 64)
+                    assert not chosen.merged or (splits > 1 and chosen.block_heads < 64)
 
 
 # ---- memory ----
