@@ -37,8 +37,9 @@ def choose_attention_backend(settings: Settings, device_type: str, *, triton_ava
     """The pure rule behind attention_backend: Triton on a GPU that has it, else torch; or the one that is asked for.
 
     A setting that asks for native or for aiter is about other ops and leaves these to the rule, but for the one op that
-    each has (kernels.attention.sparse_mla_hopper, aiter_is_forced). ``triton_available``: it serves this device type
-    (the CPU by its interpreter alone).
+    each has: sparse MLA decode, which the compiled kernel takes unless the setting names another backend
+    (kernels.attention.sparse_mla_hopper), and the indexer's write (aiter_is_forced). ``triton_available``: it serves
+    this device type (the CPU by its interpreter alone).
     """
     if settings.backend == "triton" and not triton_available:
         raise SettingError(f"FUSEDCOMM_BACKEND: expected torch on {device_type} here, got 'triton'")
