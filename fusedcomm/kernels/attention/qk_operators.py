@@ -16,7 +16,7 @@ from fusedcomm.kernels.fp8 import converts_to
 from fusedcomm.kernels.launching import launch
 from fusedcomm.kernels.registration import register
 
-_TILE = 512  # elements of the heads that a program holds at a time: 4 heads of 128
+_TILE = 1024  # elements of the heads that a program holds at a time: 8 heads of 128
 _ROUNDS = 2  # times that a program takes as many heads, with the weights and angles that it has
 _MLA_HEADS = 8  # heads that a program copies: 8 loads of 16 bytes a thread in flight
 _MLA_THREADS = 64
