@@ -107,4 +107,6 @@ def to(tree: Any, device: str) -> Any:
 def _copy_with_strides(t: torch.Tensor, device: str) -> torch.Tensor:
     if t.device.type == device:
         return t
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)
+    once = t[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in t.stride())]  # nothing is written twice
+    copy = torch.empty_strided(once.shape, once.stride(), dtype=t.dtype, device=device).copy_(once)
+    return copy.expand(t.shape)
