@@ -16,6 +16,21 @@ GPU_LIBRARY_NAME = "libfusedcomm_gpu.so"
 ERROR_BYTES = 256
 """Room for the text of a failure, wherever a function of the GPU library takes ``error``."""
 
+SAMPLING_OPERATORS = (
+    "top_k_renorm_probs_out",
+    "top_p_renorm_probs_out",
+    "top_k_top_p_renorm_probs_out",
+    "min_p_renorm_probs_out",
+    "softmax_temperature_out",
+    "sampling_from_probs_out",
+    "top_k_top_p_sampling_from_probs_out",
+    "chain_speculative_sampling_out",
+    "dflash_chain_verify_out",
+    "greedy_chain_verify_out",
+    "tree_speculative_sampling_target_only",
+)
+"""Those of csrc/bind/sampling_schemas.cpp; they write to tensors of their caller and return nothing."""
+
 
 class CommConfig(ctypes.Structure):
     """``FusedcommConfig`` of csrc/bind/control.cpp; sizes in bytes, times in nanoseconds."""
@@ -225,6 +240,8 @@ def _register_fakes() -> None:
 
     for name in ("rms_norm", "fused_add_rms_norm", "fused_add_rms_norm_quant", "per_group_quant_fp8"):
         register(f"fusedcomm::{name}_out", nothing)
+    for name in SAMPLING_OPERATORS:
+        register(f"fusedcomm::{name}", nothing)
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float) -> torch.Tensor:
         return torch.empty_like(x)

@@ -7,6 +7,8 @@ sm_80 sm_90 sm_100   nvcc and ptxas    -> OUT/TARGET/NAME.ptx, NAME.cubin, NAME.
 gfx942 gfx950        clang 22, lld 22  -> OUT/TARGET/NAME.s, NAME.co, NAME.ll (before any optimisation)
                      and the HIP headers and device bitcode of the triton wheel; the host half is checked as well
 
+csrc/gpu/sampling goes to OUT/TARGET/sampling.
+
 A target that is up to date is left alone. Exit code 3, with the reason, when the tools for a target asked for (or for
 all) are missing.
 """
@@ -26,6 +28,7 @@ NVIDIA = ("sm_80", "sm_90", "sm_100")
 AMD = ("gfx942", "gfx950")
 NO_TOOLS = 3
 HOPPER = ROOT / "csrc/gpu/hopper"
+SAMPLING = ROOT / "csrc/gpu/sampling"
 
 CLANG = "clang++-22"
 LLD = "ld.lld-22"
@@ -106,8 +109,7 @@ def make_rocm_tree(tree: Path) -> None:
 def compile_nvidia(source: Path, target: str, out: Path) -> None:
     """PTX, then machine code; ptxas tells what each kernel uses."""
     if source.parent == HOPPER:
-        target, out = f"{target}a", out / HOPPER.name
-        out.mkdir(exist_ok=True)
+        target = f"{target}a"
     ptx = out / f"{source.stem}.ptx"
     run("nvcc", *NVCC_FLAGS, *INCLUDES, f"-arch={target}", "-ptx", source, "-o", ptx)
     used = run("ptxas", "-v", f"-arch={target}", ptx, "-o", ptx.with_suffix(".cubin"))
@@ -155,16 +157,18 @@ def compile_target(target: str, out: Path) -> int:
     if target in AMD:
         make_rocm_tree(tree)
     failures = 0
-    sources = sorted((ROOT / "csrc/gpu").glob("*.cu"))
+    sources = [*sorted((ROOT / "csrc/gpu").glob("*.cu")), *sorted(SAMPLING.glob("*.cu"))]
     if target == "sm_90":
         sources += sorted(HOPPER.glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {}
         for source in sources:
+            to = folder if source.parent.name == "gpu" else folder / source.parent.name
+            to.mkdir(exist_ok=True)
             if target in NVIDIA:
-                jobs[pool.submit(compile_nvidia, source, target, folder)] = source.name
+                jobs[pool.submit(compile_nvidia, source, target, to)] = source.name
             else:
-                jobs[pool.submit(compile_amd, source, target, folder, tree)] = source.name
+                jobs[pool.submit(compile_amd, source, target, to, tree)] = source.name
                 jobs[pool.submit(check_amd_host, source, tree)] = f"{source.name}, host half"
         for job, what in jobs.items():
             error = job.exception()

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from qk_bodies import all_same, same
 from triton_backend import GpuOps, TritonOps, to
 
+from fusedcomm import native
 from fusedcomm.ops import sampling
 from fusedcomm.ops.sampling import dispatch
 
 F32 = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-BACKENDS = ("torch", "torch-gpu")
+BACKENDS = ("torch", "native", "torch-gpu", "native-gpu")
 
 
 class SamplingOps:
@@ -47,10 +48,12 @@ class SamplingOps:
 
 @contextmanager
 def backends(which: str) -> Iterator[SamplingOps]:
-    """One of BACKENDS; skips the test where there is no GPU for it."""
+    """One of BACKENDS; skips the test where there is no GPU for it, or no library."""
     backend, _, where = which.partition("-")
     if where == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
+    if backend == "native" and (native.load_gpu() if where == "gpu" else native.load()) is None:
+        pytest.skip("the native library is not installed")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("FUSEDCOMM_BACKEND", backend)
         monkeypatch.setattr(dispatch, "_chosen", {})

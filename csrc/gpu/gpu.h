@@ -76,6 +76,18 @@ template <class V>
 __device__ inline V shuffle_xor(V v, int mask) {
   return __shfl_xor(v, mask, kWarpSize);
 }
+template <class V>
+__device__ inline V shuffle_up(V v, int by) {
+  return __shfl_up(v, unsigned(by), kWarpSize);
+}
+template <class V>
+__device__ inline V shuffle(V v, int lane) {
+  return __shfl(v, lane, kWarpSize);
+}
+
+// A bit for each lane, and the first lane that has one.
+__device__ inline uint64_t ballot(bool holds) { return __ballot(holds); }
+__device__ inline int first_lane(uint64_t lanes) { return __builtin_ctzll(lanes); }  // lanes > 0
 
 // Constant frequency: see ticks_per_second().
 __device__ inline uint64_t ticks() { return __builtin_amdgcn_s_memrealtime(); }
@@ -94,6 +106,7 @@ __device__ inline float divide(float a, float b) { return a / b; }  // correctly
 __device__ inline float reciprocal(float a) { return 1.0f / a; }
 __device__ inline float square_root(float a) { return __builtin_sqrtf(a); }
 __device__ inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+__device__ inline uint32_t round_to_integer(float a) { return uint32_t(__builtin_rintf(a)); }  // half to even
 
 // NaN as on other devices, whatever its sign and payload were.
 __device__ inline float plain_nan(float x) { return x != x ? __uint_as_float(0x7fff0000u) : x; }
@@ -166,6 +179,18 @@ template <class V>
 __device__ inline V shuffle_xor(V v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
 }
+template <class V>
+__device__ inline V shuffle_up(V v, int by) {
+  return __shfl_up_sync(0xffffffffu, v, unsigned(by));
+}
+template <class V>
+__device__ inline V shuffle(V v, int lane) {
+  return __shfl_sync(0xffffffffu, v, lane);
+}
+
+// A bit for each lane, and the first lane that has one.
+__device__ inline uint64_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
+__device__ inline int first_lane(uint64_t lanes) { return __ffsll(static_cast<long long>(lanes)) - 1; }  // lanes > 0
 
 __device__ inline uint64_t ticks() {
   uint64_t t;
@@ -198,6 +223,7 @@ __device__ inline float divide(float a, float b) { return __fdiv_rn(a, b); }
 __device__ inline float reciprocal(float a) { return __frcp_rn(a); }
 __device__ inline float square_root(float a) { return __fsqrt_rn(a); }
 __device__ inline float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ inline uint32_t round_to_integer(float a) { return __float2uint_rn(a); }  // half to even
 
 __device__ inline uint32_t pack_bf16(float a, float b) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
@@ -225,6 +251,12 @@ __device__ inline uint32_t pack_fp8(float a, float b, float c, float d) {
 // Time in units that fit a register for days: 2^kCoarse ticks.
 constexpr int kCoarse = 16;
 __device__ inline uint32_t coarse_ticks() { return uint32_t(ticks() >> kCoarse); }
+
+// The shared memory that a launch asks for (LaunchShape.shared_bytes).
+__device__ inline void* shared_memory() {
+  extern __shared__ Vec dynamic_memory[];
+  return dynamic_memory;
+}
 
 // Reads a kernel's arguments, which are constant, into the constant cache. Done while the kernel ahead still runs: a
 // first read misses, and the misses of several lines add up.
@@ -298,6 +330,7 @@ struct LaunchShape {
   int parts = 1;  // the grid's second dimension
   int threads = 0;
   int blocks_in_cluster = 1;
+  int shared_bytes = 0;   // of a block, beside what the kernel declares; allow_shared_memory() first
   bool overlaps = false;  // behind another that overlaps, it may start before that one ends: it waits by itself
 };
 
@@ -306,8 +339,8 @@ struct LaunchShape {
 template <class... Parameters, class... Arguments>
 Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream stream, const Arguments&... arguments) {
   (void)hipGetLastError();  // of another call, and not this launch's
-  kernel<<<dim3(unsigned(shape.blocks), unsigned(shape.parts)), dim3(unsigned(shape.threads)), 0, stream>>>(
-      arguments...);
+  kernel<<<dim3(unsigned(shape.blocks), unsigned(shape.parts)), dim3(unsigned(shape.threads)),
+           unsigned(shape.shared_bytes), stream>>>(arguments...);
   return hipGetLastError();
 }
 
@@ -323,6 +356,8 @@ inline void free_host_page(void* address) { (void)hipHostFree(address); }
 
 #define FUSEDCOMM_PROPERTIES hipDeviceProp_t
 inline bool can_overlap(const hipDeviceProp_t&) { return false; }
+inline int largest_shared_memory(const hipDeviceProp_t& p) { return int(p.sharedMemPerBlock); }
+inline Status allow_shared_memory(const void*, int) { return hipSuccess; }
 inline bool has_clusters(const hipDeviceProp_t&) { return false; }
 // Without the features: "gfx942" of "gfx942:sramecc+:xnack-".
 inline std::string architecture(const hipDeviceProp_t& p) {
@@ -372,6 +407,7 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(shape.blocks), unsigned(shape.parts));
   config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   const CapturedTail ahead = shape.overlaps ? captured_tail(stream) : CapturedTail();
@@ -400,6 +436,11 @@ inline void free_host_page(void* address) { (void)cudaFreeHost(address); }
 
 #define FUSEDCOMM_PROPERTIES cudaDeviceProp
 inline bool can_overlap(const cudaDeviceProp& p) { return p.major >= 9; }
+inline int largest_shared_memory(const cudaDeviceProp& p) { return int(p.sharedMemPerBlockOptin); }
+// On the current device, once for a kernel that takes more than 48 KiB.
+inline Status allow_shared_memory(const void* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 inline bool has_clusters(const cudaDeviceProp& p) { return p.major >= 9; }
 inline std::string architecture(const cudaDeviceProp& p) { return "sm_" + std::to_string(p.major * 10 + p.minor); }
 

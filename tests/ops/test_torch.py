@@ -33,9 +33,9 @@ def test_exactly_what_the_schema_says_is_mutated(dtype: torch.dtype) -> None:
 def test_every_local_operator_has_been_checked() -> None:
     names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fusedcomm::")}
     local = {name.split(".")[0] for name in names if not name.startswith("comm_")}
-    # no form for CPUs: tests/gpu/test_sparse_mla_native.py
-    hopper = {"sparse_mla_decode_out", "sparse_mla_active_clusters"}
-    assert local - hopper == {name for name, _ in samples(torch.bfloat16)}
+    # no form for CPUs: tests/gpu/test_sparse_mla_native.py, tests/unit/test_sampling_schemas.py
+    gpu = {"sparse_mla_decode_out", "sparse_mla_active_clusters", *native.SAMPLING_OPERATORS}
+    assert local - gpu == {name for name, _ in samples(torch.bfloat16)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fusedcomm import native
 from fusedcomm.env import Settings
 from fusedcomm.errors import SettingError
 
@@ -10,16 +11,19 @@ _debug: list[bool] = []
 
 
 def sampling_backend(device_type: str) -> str:
-    """``"torch"``: what runs these ops on tensors of this device type.
+    """``"native"`` or ``"torch"``: what runs these ops on tensors of this device type.
 
-    Reads the settings at its first call for a device type.
+    Reads the settings and loads the compiled library at its first call for a device type.
 
     Raises:
-        SettingError: ``FUSEDCOMM_BACKEND`` asks for what has no kernels of these ops.
+        SettingError: ``FUSEDCOMM_BACKEND`` asks for what has no kernels of these ops here.
     """
     backend = _chosen.get(device_type)
     if backend is None:
-        backend = _chosen[device_type] = choose_sampling_backend(Settings.from_environ(), device_type)
+        library = native.load() if device_type == "cpu" else native.load_gpu()
+        settings = Settings.from_environ()
+        backend = choose_sampling_backend(settings, device_type, native_available=library is not None)
+        _chosen[device_type] = backend
     return backend
 
 
@@ -27,17 +31,23 @@ def sampling_backend(device_type: str) -> str:
 setattr(sampling_backend, "_dynamo_marked_constant", True)  # noqa: B010
 
 
-def choose_sampling_backend(settings: Settings, device_type: str) -> str:
-    """The pure rule behind sampling_backend.
+def choose_sampling_backend(settings: Settings, device_type: str, *, native_available: bool) -> str:
+    """The pure rule behind sampling_backend: native on CPUs that have it, else torch.
 
-    A setting that asks for aiter is about collectives, and on a GPU leaves these ops to the rule.
+    ``native_available``: there is a compiled library with these ops for this device type. On GPUs it has to be asked
+    for: its kernels were right there for rows that several blocks share, those that one block has failed, and what
+    mends that has not been run yet. A setting that asks for aiter is about collectives, and on a GPU leaves these ops
+    to the rule.
     """
-    by_itself = settings.backend is None or (settings.backend == "aiter" and device_type != "cpu")
-    if not by_itself and settings.backend != "torch":
+    usable = ("torch", "native") if native_available else ("torch",)
+    wanted = None if settings.backend == "aiter" and device_type != "cpu" else settings.backend
+    if wanted is None:
+        return "torch" if settings.disable or device_type != "cpu" else usable[-1]
+    if wanted not in usable:
         raise SettingError(
-            f"FUSEDCOMM_BACKEND: expected torch for sampling on {device_type} here, got {settings.backend!r}"
+            f"FUSEDCOMM_BACKEND: expected {' or '.join(usable)} for sampling on {device_type} here, got {wanted!r}"
         )
-    return "torch"
+    return wanted
 
 
 def values_are_checked() -> bool:

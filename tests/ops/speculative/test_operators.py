@@ -27,7 +27,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
         return lambda *arguments: calls.__setitem__(name, arguments)
 
     recorders = operators.SpeculativeOperators(*map(recorder, operators.SpeculativeOperators._fields))
-    monkeypatch.setattr(operators, "_operators", {"torch": recorders})
+    monkeypatch.setattr(operators, "_operators", {"torch": recorders, "native": recorders})
     return calls
 
 

@@ -1,0 +1,157 @@
+// Tokens by inverse CDF: the first whose masses up to it are above the uniform's part of all of them.
+#pragma once
+
+#include "gpu/sampling/renorm.h"
+
+namespace fusedcomm::gpu::sampling {
+
+// `total` is that of the masses mass(x), and has been shared. One thread of the team calls emit(token).
+template <class S, class Mass, class Emit>
+__device__ inline void draw(const Team& team, const Total& total, const S& slice, const Mass& mass, float u,
+                            const Emit& emit) {
+  const Total::Sums sums = total.of(team);
+  const uint64_t target = part_of(sums.all, u);
+  if (sums.all == 0) {
+    if (team.rank() == 0 && threadIdx.x == 0) emit(0);
+    return;
+  }
+  if (target < sums.before || target - sums.before >= total.of_block()) return;
+
+  const uint64_t of_warp = lane() < num_warps() ? total.of_warp(lane()) : 0;
+  uint64_t up_to = sums.before + sum_up_to_lane(of_warp);
+  const int chosen_warp = first_lane(ballot(up_to > target));
+  if (warp() != chosen_warp) return;
+  uint64_t before = shuffle(up_to - of_warp, chosen_warp);
+
+  const Run run = slice.run();
+  for (int first = run.begin; first < run.end; first += kQuad * kWarpSize) {
+    const int mine = first + kQuad * lane();
+    uint64_t q[kQuad], sum = 0;
+#pragma unroll
+    for (int e = 0; e < kQuad; ++e) {
+      q[e] = mine + e < run.end ? mass(slice.at(mine + e)) : 0;
+      sum += q[e];
+    }
+    up_to = before + sum_up_to_lane(sum);
+    const uint64_t reaching = ballot(up_to > target);
+    if (reaching == 0) {
+      before = shuffle(up_to, kWarpSize - 1);
+      continue;
+    }
+    if (lane() == first_lane(reaching)) {
+      int token = mine;
+      up_to -= sum;
+#pragma unroll
+      for (int e = 0; e < kQuad - 1; ++e) token += int((up_to += q[e]) <= target);
+      emit(token);
+    }
+    return;
+  }
+}
+
+struct alignas(16) DrawMemory {
+  Largest largest;
+  Total as_they_are, in_unit;
+
+  __device__ void open(const Team& team) { largest.open(team), as_they_are.open(team), in_unit.open(team); }
+};
+
+// Loads the slice; notes its largest value, and its masses as if the unit were 1.
+template <class S>
+__device__ inline void load_and_weigh(DrawMemory& memory, S& slice) {
+  float largest = 0.0f;
+  uint64_t sum = 0;
+  slice.load([&](const auto& x) {
+    for (const float v : x.v) {
+      largest = v > largest ? v : largest;
+      sum += mass_of(v);
+    }
+  });
+  memory.largest.note(largest);
+  memory.as_they_are.note(sum);
+}
+
+// A token of the row that has been loaded and whose largest value this is.
+template <class S, class Emit>
+__device__ inline void draw_in_unit(const Team& team, DrawMemory& memory, S& slice, float largest, float u,
+                                    const Emit& emit) {
+  const float unit = unit_of(largest);
+  if (unit == 1.0f) return draw(team, memory.as_they_are, slice, [](float x) { return mass_of(x); }, u, emit);
+  const auto mass = [&](float x) { return mass_of(x * unit); };
+  (void)total_of(team, memory.in_unit, slice, mass);
+  draw(team, memory.in_unit, slice, mass, u, emit);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    sample_kernel(const __grid_constant__ Rows rows, const float* uniforms, int32_t* out) {
+  const Team team;
+  DrawMemory& memory = prepare<DrawMemory>(team);
+  const int64_t row = team.row();
+  Slice slice(team, RowReader<T, Probability>(rows, row), rows.vocab, room_for_slice(memory));
+  load_and_weigh(memory, slice);
+  team.meet();
+  share(team, memory.largest, memory.as_they_are);
+  draw_in_unit(team, memory, slice, memory.largest.of(team), uniforms[row], [&](int token) { out[row] = token; });
+}
+
+struct alignas(16) FilteredDrawMemory {
+  Largest largest;
+  Total kept, drawn;
+  SearchMemory<Counts> counts;
+  SearchMemory<Masses> masses;
+
+  __device__ void open(const Team& team) {
+    largest.open(team), kept.open(team), drawn.open(team), counts.open(team), masses.open(team);
+  }
+};
+
+// Top-p is a share of what top-k keeps.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    sample_top_k_first_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Limit top_k,
+                              const __grid_constant__ PerRow top_p, const float* uniforms, int32_t* out) {
+  const Team team;
+  FilteredDrawMemory& memory = prepare<FilteredDrawMemory>(team);
+  const int64_t row = team.row();
+  Slice slice(team, RowReader<T, Probability>(rows, row), rows.vocab, room_for_slice(memory));
+  const uint64_t aim = goal(at(top_p, row), 1.0f);
+  const bool has_top_p = aim != kOutOfReach;
+  const Filter by_k =
+      top_k_filter(team, memory.largest, memory.counts, memory.kept, slice, at(top_k, row, rows.vocab), has_top_p);
+  Search<Masses> search_p(memory.masses);
+  search_p.aim_at(aim);
+  if (!has_top_p) search_p.skip();
+  search(team, mapped(slice, by_k), search_p);
+  const float threshold = search_p.threshold();
+  const auto mass = [&](float x) { return threshold == 0.0f || by_k(x) >= threshold ? by_k.mass(x) : 0; };
+  (void)total_of(team, memory.drawn, slice, mass);
+  draw(team, memory.drawn, slice, mass, uniforms[row], [&](int token) { out[row] = token; });
+}
+
+// Both filters look at the whole row, so both thresholds are searched at once.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    sample_joint_kernel(const __grid_constant__ Rows rows, const __grid_constant__ Limit top_k,
+                        const __grid_constant__ PerRow top_p, const float* uniforms, int32_t* out) {
+  const Team team;
+  FilteredDrawMemory& memory = prepare<FilteredDrawMemory>(team);
+  const int64_t row = team.row();
+  Slice slice(team, RowReader<T, Probability>(rows, row), rows.vocab, room_for_slice(memory));
+  const int k = at(top_k, row, rows.vocab);
+  const float p = at(top_p, row);
+  Search<Counts> search_k(memory.counts);
+  Search<Masses> search_p(memory.masses);
+  search_k.aim_at(uint64_t(k));
+  if (k == 0) search_k.skip();
+  const float unit =
+      open(team, memory.largest, slice, [&](float c) { search_p.aim_at(goal(p, c)); }, search_k, search_p);
+  search(team, mapped(slice, InUnit{unit}), search_k, search_p);
+  const float by_k = search_k.threshold(), by_p = search_p.threshold();
+  const Filter both = {unit, by_k > by_p ? by_k : by_p, 1.0f};
+  const auto mass = [&](float x) { return both.mass(x); };
+  (void)total_of(team, memory.drawn, slice, mass);
+  draw(team, memory.drawn, slice, mass, uniforms[row], [&](int token) { out[row] = token; });
+}
+
+}  // namespace fusedcomm::gpu::sampling
