@@ -69,7 +69,9 @@ class Settings:
     backend: str | None = _setting(None, _BACKEND, "force native, aiter, triton or torch; an error if unsupported")
     deterministic: bool = _setting(False, _SWITCH, "1: only paths whose sums are in rank order")
     timeout_s: float = _setting(60.0, _SECONDS, "deadline of every wait, in seconds")
-    debug: bool = _setting(False, _SWITCH, "1: ranks compare every call before making it")
+    debug: bool = _setting(
+        False, _SWITCH, "1: ranks compare every call before making it; ops that choose tokens check values"
+    )
     dual_stream: bool = _setting(False, _SWITCH, "1: forked chains (an indexer) run on a second stream of the GPU")
     buffer_mb: int | None = _setting(None, _MEBIBYTES, "MiB of memory that a rank shares; unset: 2 on CPU, 160 on GPU")
     host_id: str | None = _setting(None, _TEXT, "take this for the identity of the host (tests of several hosts)")

@@ -47,8 +47,8 @@ class SamplingOps:
 
 
 @contextmanager
-def backends(which: str) -> Iterator[SamplingOps]:
-    """One of BACKENDS; skips the test where there is no GPU for it, or no library."""
+def runners(which: str) -> Iterator[TritonOps]:
+    """Where one of BACKENDS serves; skips the test where there is no GPU for it, or no library."""
     backend, _, where = which.partition("-")
     if where == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
@@ -57,7 +57,16 @@ def backends(which: str) -> Iterator[SamplingOps]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("FUSEDCOMM_BACKEND", backend)
         monkeypatch.setattr(dispatch, "_chosen", {})
-        yield SamplingOps(GpuOps() if where == "gpu" else TorchOps())
+        runner = GpuOps() if where == "gpu" else TorchOps()
+        assert dispatch.sampling_backend(runner.device) == backend
+        yield runner
+
+
+@contextmanager
+def backends(which: str) -> Iterator[SamplingOps]:
+    """The ops on one of BACKENDS."""
+    with runners(which) as runner:
+        yield SamplingOps(runner)
 
 
 def call(device: str, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:

@@ -7,49 +7,18 @@ nothing with the library.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pytest
 import torch
 from numpy.typing import NDArray
 from qk_bodies import compiles
-from triton_backend import GpuOps, TritonOps, to
+from triton_backend import to
 
-from fusedcomm import native
 from fusedcomm.ops import speculative
-from fusedcomm.ops.sampling import dispatch
 
 F32 = np.float32
-
-
-BACKENDS = ("torch", "native", "native-gpu")
-
-
-class CpuOps(TritonOps):
-    """In this process, on the CPU."""
-
-    def run(self, body: Callable[..., Any], *args: Any) -> Any:
-        return body(self.device, *args)
-
-
-@contextmanager
-def backends(which: str) -> Iterator[TritonOps]:
-    """One of BACKENDS; skips the test where there is no GPU for it, or no library."""
-    backend, _, where = which.partition("-")
-    if where == "gpu" and not torch.cuda.is_available():
-        pytest.skip("no GPU: torch.cuda.is_available() is False")
-    if backend == "native" and (native.load_gpu() if where == "gpu" else native.load()) is None:
-        pytest.skip("the native library is not installed")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("FUSEDCOMM_BACKEND", backend)
-        monkeypatch.setattr(dispatch, "_chosen", {})
-        ops = GpuOps() if where == "gpu" else CpuOps()
-        assert dispatch.sampling_backend(ops.device) == backend
-        yield ops
-
 
 # ---- the specification ----
 

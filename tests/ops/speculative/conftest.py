@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from speculative_bodies import BACKENDS, backends
+from sampling_bodies import runners
 from triton_backend import TritonOps
 
 
-@pytest.fixture(scope="module", params=BACKENDS)
+@pytest.fixture(scope="module", params=["torch", "native", "native-gpu"])
 def ops(request: pytest.FixtureRequest) -> Iterator[TritonOps]:
     """Runs module-level functions where this backend serves the verification ops."""
-    with backends(request.param) as found:
+    with runners(request.param) as found:
         yield found
