@@ -1,4 +1,4 @@
-"""What launch/sanitize-gpu runs under compute-sanitizer: ``python tests/sanitized.py local | collectives``.
+"""What launch/sanitize-gpu runs under compute-sanitizer: ``python tests/sanitized.py local | sampling | collectives``.
 
 Small shapes of every kernel: each access is instrumented. Results are checked too.
 """
@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import oracle
 import torch
 import torch.distributed as dist
+from cases import make
 from harness import device
+from qk_bodies import same as same_bits
 from ranked import new_group
+from sampling_bodies import rows, uniforms
+from speculative_bodies import random_trees
 from trials import OPS, Case, Findings, algorithm, random_tensor, run_case
+from triton_backend import to
 
 from fusedcomm import ScaleLayout, Settings, ops
+from fusedcomm.ops import sampling as sampling_ops
+from fusedcomm.ops import speculative
 from fusedcomm.ops.dispatch import local_backend
+from fusedcomm.ops.sampling.dispatch import sampling_backend
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -47,6 +57,45 @@ def local() -> None:
     findings.settle()
 
 
+def sampling() -> None:
+    """Sampling and verification of rows that one block has and of rows that several share, as the CPU has them."""
+    assert sampling_backend("cuda") == sampling_backend("cpu") == "native"
+    findings = Findings()
+
+    def compare(op: Callable[..., Any], *arguments: Any) -> None:
+        given = to(arguments, "cuda")
+        want, got = op(*arguments), op(*given)
+        if want is None:  # it mutates its arguments
+            want, got = arguments, given
+        same = (same_bits(w, g) for w, g in zip(listed(want), listed(to(got, "cpu")), strict=True))
+        findings.check(f"{op.__name__} {tuple(arguments[0].shape)}", "" if all(same) else "other results")
+
+    for seed, (vocab, count) in enumerate(((2, 3), (37, 2), (2049, 2), (5001, 200), (20004, 3), (70001, 1))):
+        u = uniforms(count)
+        for dtype, kind in itertools.product(DTYPES, ("peaked", "bits")):
+            probs = rows(kind, count, vocab) if kind == "peaked" else make(seed, (count, vocab), torch.float32, kind)
+            probs = probs.to(dtype)
+            compare(sampling_ops.top_k_renorm_probs, probs, 7)
+            compare(sampling_ops.top_p_renorm_probs, probs, 0.9)
+            compare(sampling_ops.top_k_top_p_renorm_probs, probs, 30, 0.8)
+            compare(sampling_ops.min_p_renorm_probs, probs, 0.1)
+            compare(sampling_ops.softmax_temperature, probs, 0.0)
+            compare(sampling_ops.sampling_from_probs, probs, u)
+            compare(sampling_ops.top_k_top_p_sampling_from_probs, probs, 30, 0.8, u)
+        tree = random_trees(seed, count, 5, vocab)
+        candidates, target, u, final = tree.candidates, tree.target_probs, tree.uniform_samples, u
+        compare(speculative.chain_speculative_sampling, target[:, 1:], candidates[:, 1:], target, u[:, 1:], final)
+        compare(speculative.dflash_chain_verify, candidates, target, u, final)
+        compare(speculative.greedy_chain_verify, candidates, target.argmax(-1))
+        compare(speculative.tree_speculative_sampling_target_only, *tree)
+    torch.cuda.synchronize()
+    findings.settle()
+
+
+def listed(results: Any) -> list[torch.Tensor]:
+    return [results] if isinstance(results, torch.Tensor) else list(results)
+
+
 def collectives() -> None:
     """The collectives of two ranks that share a GPU, by both algorithms, with a slab smaller than some messages."""
     torch.cuda.set_device(device())
@@ -67,5 +116,5 @@ def collectives() -> None:
 
 
 if __name__ == "__main__":
-    {"local": local, "collectives": collectives}[sys.argv[1]]()
+    {"local": local, "sampling": sampling, "collectives": collectives}[sys.argv[1]]()
     print(f"{sys.argv[1]}: every result is right")

@@ -32,17 +32,15 @@ setattr(sampling_backend, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def choose_sampling_backend(settings: Settings, device_type: str, *, native_available: bool) -> str:
-    """The pure rule behind sampling_backend: native on CPUs that have it, else torch.
+    """The pure rule behind sampling_backend: native where it is, else torch.
 
-    ``native_available``: there is a compiled library with these ops for this device type. On GPUs it has to be asked
-    for: its kernels were right there for rows that several blocks share, those that one block has failed, and what
-    mends that has not been run yet. A setting that asks for aiter is about collectives, and on a GPU leaves these ops
-    to the rule.
+    ``native_available``: there is a compiled library with these ops for this device type. A setting that asks for
+    aiter is about collectives, and on a GPU leaves these ops to the rule.
     """
     usable = ("torch", "native") if native_available else ("torch",)
     wanted = None if settings.backend == "aiter" and device_type != "cpu" else settings.backend
     if wanted is None:
-        return "torch" if settings.disable or device_type != "cpu" else usable[-1]
+        return "torch" if settings.disable else usable[-1]
     if wanted not in usable:
         raise SettingError(
             f"FUSEDCOMM_BACKEND: expected {' or '.join(usable)} for sampling on {device_type} here, got {wanted!r}"

@@ -21,13 +21,13 @@ from fusedcomm.ops.sampling.dispatch import choose_sampling_backend
         ("cpu", {"disable": True}, True, "torch"),
         ("cpu", {"backend": "torch"}, True, "torch"),
         ("cuda", {}, False, "torch"),
-        ("cuda", {}, True, "torch"),  # it has to be asked for
+        ("cuda", {}, True, "native"),
         ("cpu", {"backend": "torch"}, False, "torch"),
         ("cuda", {"backend": "torch"}, True, "torch"),
         ("cuda", {"backend": "native"}, True, "native"),
         ("cuda", {"disable": True}, True, "torch"),
         ("cuda", {"disable": True, "backend": "native"}, True, "native"),
-        ("cuda", {"backend": "aiter"}, True, "torch"),  # it makes collectives
+        ("cuda", {"backend": "aiter"}, True, "native"),  # it makes collectives
         ("cuda", {"backend": "aiter"}, False, "torch"),
     ],
 )
