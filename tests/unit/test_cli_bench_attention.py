@@ -19,9 +19,7 @@ import torch
 from rich.console import Console
 
 from fusedcomm.cli.bench import report
-from fusedcomm.cli.bench.attention import bench as bench_module
 from fusedcomm.cli.bench.attention import (
-    command,
     dual_stream,
     flashinfer,
     indexer,
@@ -32,24 +30,28 @@ from fusedcomm.cli.bench.attention import (
     qk_norm_rope,
     sparse_cache,
     sparse_mla,
-    worker,
 )
-from fusedcomm.cli.bench.attention.bench import Bench
-from fusedcomm.cli.bench.attention.catalogue import workloads
-from fusedcomm.cli.bench.attention.device import WallClock
-from fusedcomm.cli.bench.attention.machine import COPY, MACHINE, MATMUL
+from fusedcomm.cli.bench.attention.catalogue import ATTENTION
 from fusedcomm.cli.bench.attention.sparse_cache import V4, V32
-from fusedcomm.cli.bench.attention.spec import FAMILIES, WORKER, Spec
-from fusedcomm.cli.bench.attention.tables import attention_tables
-from fusedcomm.cli.bench.attention.targets import BARS, judge
-from fusedcomm.cli.bench.attention.workload import Calls, Place, Plan, Workload
+from fusedcomm.cli.bench.attention.targets import BARS
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.command import add_arguments
 from fusedcomm.cli.bench.gpu.harness import AbsentError
 from fusedcomm.cli.bench.gpu.targets import NOT_MEASURED
 from fusedcomm.cli.bench.registry import WrongResultError
+from fusedcomm.cli.bench.single import bars, command, worker
+from fusedcomm.cli.bench.single import bench as bench_module
+from fusedcomm.cli.bench.single import flashinfer as compiler
+from fusedcomm.cli.bench.single.bench import Bench
+from fusedcomm.cli.bench.single.benchmark import Benchmark
+from fusedcomm.cli.bench.single.device import WallClock
+from fusedcomm.cli.bench.single.machine import COPY, MACHINE, MATMUL
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.tables import markdown_tables, records_of
+from fusedcomm.cli.bench.single.workload import Calls, Place, Plan, Workload
 from fusedcomm.cli.main import main
 
+FAMILIES = tuple(ATTENTION.makers)
 TINY = Spec("", "", "cpu", calls=2, sets=2, budget_s=1e-3, min_rounds=2, tiny=True)
 EAGER = ["copy", "torch", "separate+eager", "one_stream", "ours"]
 """The peers that need no compiler."""
@@ -60,7 +62,7 @@ def measured(spec: Spec) -> list[dict[str, Any]]:
     """The records of a run, also of one that ends with wrong results."""
     output = io.StringIO()
     try:
-        worker.run(spec, output)
+        worker.run(ATTENTION, spec, output)
     finally:
         RECORDS[:] = [json.loads(line) for line in output.getvalue().splitlines()]
     return list(RECORDS)
@@ -79,7 +81,7 @@ def test_every_size_of_an_op(op: str) -> None:
     records = measured(dataclasses.replace(TINY, cases=[op], peers=EAGER))
     assert not [r for r in records if "absent" in r]
     own = [r for r in records if r["op"] == op]
-    labels = [w.label for w in workloads(TINY, op)]
+    labels = [w.label for w in ATTENTION.workloads(TINY, op)]
     for label in labels:
         peers = {r["peer"] for r in own if r["label"] == label}
         assert peers >= ({"one_stream", "ours"} if op == "dual_stream" else {"copy", "torch", "ours"})
@@ -128,7 +130,7 @@ def test_a_wrong_result_of_ours_is_an_error(
     op: str, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, name, broken(getattr(module, name)))
-    sizes = [w.label for w in workloads(TINY, op)]
+    sizes = [w.label for w in ATTENTION.workloads(TINY, op)]
     with pytest.raises(WrongResultError, match=f"{op}/{sizes[-1]}"):
         measured(dataclasses.replace(TINY, cases=[op], peers=["ours", "copy"]))
     own = {(r["label"], r["peer"]): r for r in RECORDS if r["op"] == op}
@@ -268,43 +270,44 @@ class LostDevice(WallClock):
 
 def test_a_lost_device_ends_the_process_in_its_op(monkeypatch: pytest.MonkeyPatch) -> None:
     fine = Workload("indexer_write", "1", {}, lambda place: [], 1)
-    monkeypatch.setattr(worker, "machine_workloads", lambda tiny: [])
-    monkeypatch.setattr(worker, "workloads", lambda spec, op: [dataclasses.replace(fine, op=op)])
+    monkeypatch.setattr(worker, "machine_workloads", lambda device, **options: [])
+    makers = {op: lambda spec, op=op: [dataclasses.replace(fine, op=op)] for op in FAMILIES}
+    broken = dataclasses.replace(ATTENTION, makers=makers)
     monkeypatch.setattr(worker, "open_device", lambda name: LostDevice(answers=2))
     spec = dataclasses.replace(TINY, cases=["indexer_*", "mla_prepare"])
     with pytest.raises(worker.DeviceLostError, match=r"^indexer_logits$"):
-        worker.run(spec, io.StringIO())
-    rest = worker.after(spec, "indexer_logits")
-    assert rest.families() == ["mla_prepare"]
+        worker.run(broken, spec, io.StringIO())
+    rest = worker.after(ATTENTION, spec, "indexer_logits")
+    assert ATTENTION.families(rest) == ["mla_prepare"]
     assert rest.broken == ["indexer_logits"]
-    assert worker.after(rest, "mla_prepare").families() == []
+    assert ATTENTION.families(worker.after(ATTENTION, rest, "mla_prepare")) == []
 
 
 def test_the_process_begins_again_behind_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started: list[list[str]] = []
     spec = dataclasses.replace(TINY, output=str(tmp_path / "out"), cases=["mla_prepare", "dual_stream"])
 
-    def lose(spec: Spec, output: Any) -> None:
-        raise worker.DeviceLostError(spec.families()[0])
+    def lose(benchmark: Benchmark, spec: Spec, output: Any) -> None:
+        raise worker.DeviceLostError(benchmark.families(spec)[0])
 
     monkeypatch.setattr(worker, "run", lose)
     monkeypatch.setattr(worker.os, "execv", lambda path, arguments: started.append(arguments))
     monkeypatch.setattr(sys, "argv", ["worker", spec.to_json()])
     with pytest.raises(SystemExit):
-        worker.main()  # which exec would not come back from
+        worker.main(ATTENTION)  # which exec would not come back from
     again = Spec(**json.loads(started[0][-1]))
-    assert started[0][1:3] == ["-m", WORKER]
-    assert (again.families(), again.broken) == (["dual_stream"], ["mla_prepare"])
+    assert started[0][1:3] == ["-m", "fusedcomm.cli.bench.attention"]
+    assert (ATTENTION.families(again), again.broken) == (["dual_stream"], ["mla_prepare"])
     monkeypatch.setattr(sys, "argv", ["worker", again.to_json()])
     with pytest.raises(SystemExit, match="lost in mla_prepare, dual_stream"):
-        worker.main()
+        worker.main(ATTENTION)
     assert len(started) == 1
 
 
 def test_kernels_are_counted_when_all_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, device = dataclasses.replace(TINY, peers=EAGER), WallClock()
     bench = Bench(spec, device)
-    [size] = workloads(spec, "mla_prepare")
+    [size] = ATTENTION.workloads(spec, "mla_prepare")
     list(bench.records(size))
     assert list(bench.kernel_records()) == []  # a CPU launches none
     monkeypatch.setattr(device, "device", SimpleNamespace(type="cuda"))
@@ -397,21 +400,25 @@ def test_calls_and_sets_of_a_size() -> None:
     assert plan(168_000_000) == Plan(23, 2, True)
     assert plan(314_000_000, 10**12).calls == 5
     bench = Bench(dataclasses.replace(TINY, calls=7, sets=3), WallClock())
+    bench.cache_bytes = 299
     assert bench.plan(Workload("qk_norm_rope", "", {}, lambda place: [], 100)) == Plan(7, 3, True)
+    bench.cache_bytes = 300
+    assert bench.plan(Workload("qk_norm_rope", "", {}, lambda place: [], 100)) == Plan(7, 3, False)
 
 
 def test_every_bar_is_about_a_default_size() -> None:
     spec = Spec("", "")
-    labels = {op: {w.label for w in workloads(spec, op)} for op in FAMILIES}
+    labels = {op: {w.label for w in ATTENTION.workloads(spec, op)} for op in FAMILIES}
     for bar in BARS:
         assert set(bar.labels) <= labels[bar.op]
+        assert bar.device == "cuda"
 
 
 def test_sizes_where_a_bar_is_about_memory_do_not_fit_the_cache() -> None:
     spec = Spec("", "")
     for bar in BARS:
-        if hasattr(bar, "share"):
-            for size in workloads(spec, bar.op):
+        if isinstance(bar, bars.BandwidthBar):
+            for size in ATTENTION.workloads(spec, bar.op):
                 if size.label in bar.labels:
                     assert size.plan(60 << 20).is_cold
 
@@ -501,10 +508,10 @@ def test_flashinfer_not_installed() -> None:
 
 
 def test_flashinfers_modules_are_built(library: FakeFlashInfer) -> None:
-    assert flashinfer.build(["norm", "rope", "mla"]) == []
+    assert compiler.build(["norm", "rope", "mla"]) == []
     assert sorted(library.built) == ["mla fa3 512 64", "norm", "rope"]
     library.build_error = "rope"
-    assert flashinfer.build(["norm", "rope"]) == ["rope: nvcc: not found"]
+    assert compiler.build(["norm", "rope"]) == ["rope: nvcc: not found"]
 
 
 def test_which_modules_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,9 +526,9 @@ def test_which_modules_are_built_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", popen)
     monkeypatch.setattr(command.os, "killpg", lambda group, number: ended.append(group))
     for cases, peers in ((["*"], ["*"]), (["sparse*"], ["ours", "flash*"]), (["indexer_*"], ["*"]), (["*"], ["ours"])):
-        with command.building(dataclasses.replace(Spec("", ""), cases=cases, peers=peers)):
+        with command.building(ATTENTION, dataclasses.replace(Spec("", ""), cases=cases, peers=peers)):
             pass
-    with command.building(TINY):
+    with command.building(ATTENTION, TINY):
         pass
     assert [arguments[3:] for arguments in started] == [["norm", "rope", "mla"], ["mla"]]
     assert ended == [42, 42]
@@ -542,7 +549,7 @@ def record(op: str, label: str, peer: str = "ours", **fields: Any) -> dict[str, 
 
 
 def verdict(records: list[dict[str, Any]], part: str) -> Any:
-    [found] = [v for v in judge(records) if part in v.what]
+    [found] = [v for v in bars.judge(BARS, records) if part in v.what]
     return found
 
 
@@ -561,7 +568,7 @@ def test_the_bar_about_separate_kernels_is_about_the_fastest() -> None:
     found = verdict(records, "qk_norm_rope/64")
     assert (found.is_met, found.measured) == (True, "0.50 (3.00 / 6.00 us, flashinfer)")
     assert verdict(records[:1], "qk_norm_rope/64").measured == NOT_MEASURED
-    assert judge(records[1:]) == []  # nothing of ours: nothing to judge
+    assert bars.judge(BARS, records[1:]) == []  # nothing of ours: nothing to judge
 
 
 @pytest.mark.parametrize(("ours", "met"), [(12.0, True), (13.0, False)])
@@ -596,7 +603,7 @@ def test_the_bar_about_small_decodes(us: float, met: bool) -> None:
 
 
 def test_a_cpu_is_not_judged() -> None:
-    assert judge([record("qk_norm_rope", "1", us=1.0, device="cpu")]) == []
+    assert bars.judge(BARS, [record("qk_norm_rope", "1", us=1.0, device="cpu")]) == []
 
 
 def example() -> list[dict[str, Any]]:
@@ -638,13 +645,14 @@ def test_report_and_plot(tmp_path: Path) -> None:
 
 
 def test_tables_for_a_readme() -> None:
-    text = attention_tables([*example(), record("all_reduce", "", benchmark="collectives", us=1.0)])
+    records = [*example(), record("all_reduce", "", benchmark="collectives", us=1.0)]
+    text = markdown_tables(records_of("attention", records))
     assert "| qk_norm_rope | copy | torch | **ours** | of the copy's rate |" in text
     assert "| 16 | 1.5 | 30.0 | 2.0 | 75% |" in text
     assert "| kernels, 16 |  | 11 | 1 |  |" in text
     assert "| 584/h128/b128/2048 | 200.0 | 344 |" in text
     assert "all_reduce" not in text
-    assert attention_tables([{**r, "device": "cpu"} for r in example()]) == ""
+    assert markdown_tables([{**r, "device": "cpu", "tiny": True} for r in example()]) == ""
 
 
 # ---- the command line ----
@@ -657,9 +665,10 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def test_specs_from_the_command_line() -> None:
-    plain = command.make_spec(parse(), "cuda", "out")
+    plain = command.make_spec(ATTENTION, parse(), "cuda", "out")
     assert plain == Spec("out", plain.command)
     changed = command.make_spec(
+        ATTENTION,
         parse("--cases", "qk_norm_rope,sparse_mla_decode/584*", "--tokens", "1,9", "--peers", "ours,torch", "--budget",
               "0.1", "--rounds", "5", "--calls", "3", "--sets", "8", "--patience", "60"),
         "cuda",
@@ -670,17 +679,17 @@ def test_specs_from_the_command_line() -> None:
         peers=["ours", "torch"], budget_s=0.1, min_rounds=5, calls=3, sets=8, patience_s=60,
     )  # fmt: skip
     assert Spec(**json.loads(changed.to_json())) == changed
-    on_cpu = command.make_spec(parse("--calls", "4"), "cpu", "out")
+    on_cpu = command.make_spec(ATTENTION, parse("--calls", "4"), "cpu", "out")
     assert (on_cpu.tiny, on_cpu.calls, on_cpu.sets) == (True, 4, 2)
 
 
 def test_choosing_cases() -> None:
     spec = dataclasses.replace(Spec("", ""), cases=["qk_norm_rope", "sparse_mla_decode/584/h64*"], tokens=[5])
-    assert spec.families() == ["qk_norm_rope", "sparse_mla_decode"]
-    assert [w.label for w in workloads(spec, "qk_norm_rope")] == ["5"]
+    assert ATTENTION.families(spec) == ["qk_norm_rope", "sparse_mla_decode"]
+    assert [w.label for w in ATTENTION.workloads(spec, "qk_norm_rope")] == ["5"]
     small = [size.label for size in sparse_mla.SMALL if size.heads == 64]
-    assert [w.label for w in workloads(spec, "sparse_mla_decode")] == small
-    assert workloads(spec, "mla_prepare") == []
+    assert [w.label for w in ATTENTION.workloads(spec, "sparse_mla_decode")] == small
+    assert ATTENTION.workloads(spec, "mla_prepare") == []
     assert dataclasses.replace(spec, peers=["ours"]).wants_peer(MACHINE, COPY)
     assert not dataclasses.replace(spec, peers=["qk_norm_rope/copy"]).wants_peer("mla_prepare", "copy")
 

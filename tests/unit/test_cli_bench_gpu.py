@@ -22,7 +22,7 @@ from fusedcomm.cli.bench.cases import Case, Inputs
 from fusedcomm.cli.bench.gpu import collectives, command, decode, flashinfer, harness, markdown, ours, peers
 from fusedcomm.cli.bench.gpu.catalogue import Catalogue
 from fusedcomm.cli.bench.gpu.decode_stack import QWEN3_8B, DecodeStack, LocalGroup, make_inputs
-from fusedcomm.cli.bench.gpu.harness import AbsentError, Effort, Entry
+from fusedcomm.cli.bench.gpu.harness import AbsentError, Eager, Effort, Entry
 from fusedcomm.cli.bench.gpu.interference import measure_loaded
 from fusedcomm.cli.bench.gpu.job import NO_MULTICAST, forbid_multicast
 from fusedcomm.cli.bench.gpu.kernels import kernels_of
@@ -135,6 +135,25 @@ def test_cases_take_turns_and_ranks_align_before_each() -> None:
     harness.measure(entries, ranks, device, Effort(calls=4, min_rounds=3, max_rounds=3), clock=lambda: device.now)
     assert log == ["a", "b"] * 6  # two rounds to warm up, three that count, and the last check
     assert ranks.aligned - aligned == 10
+
+
+def test_a_case_that_waits_for_the_device_is_called_in_place_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts on an idle device, and the device is held up again for the graphs behind it."""
+    device, ranks, log = FakeDevice(), FakeRanks(), []
+    cases = [FakeCase(device, seconds, log, name) for name, seconds in (("a", 1e-6), ("b", 2e-6), ("c", 3e-6))]
+    made = [(ALL_REDUCE, c.name, lambda c=c: Eager(c, calls=2) if c.name == "b" else c) for c in cases]
+    entries = harness.prepare(made, ranks, device, Effort(calls=4))
+    assert device.captures == 2
+    assert entries[1].facts == {"algorithm": "one_shot", "eager": True}
+    for name in ("hold", "finish"):
+        original = getattr(device, name)
+        monkeypatch.setattr(device, name, lambda name=name, original=original: (log.append(name), original()))
+    log.clear()
+    harness.measure(entries, ranks, device, Effort(calls=4, min_rounds=1, max_rounds=1), clock=lambda: device.now)
+    assert log[:8] == ["hold", "a", "b", "finish", "hold", "c", "finish", "hold"]
+    for entry, seconds, calls in zip(entries, (1e-6, 2e-6, 3e-6), (4, 2, 4), strict=True):
+        assert entry.timing is not None
+        assert (entry.timing.rank_medians_s[0], entry.timing.calls) == (pytest.approx(seconds), calls)
 
 
 def test_rounds_fill_the_budget() -> None:

@@ -11,5 +11,7 @@ holds thin entries to them and the recorded results.
     worker       the entry of a rank process
     report       JSON lines, table, plot
     gpu          the collectives and a decode step on GPUs
+    single       what the benchmarks of ops on one device share; benchmarks has their list
     attention    the ops around attention, on one GPU
+    sampling     sampling and speculative verification, on one GPU or a CPU
 """

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from fusedcomm.cli.bench.attention import command as attention_command
+from fusedcomm.cli.bench.benchmarks import BENCHMARKS
 from fusedcomm.cli.bench.collectives import OPS
 from fusedcomm.cli.bench.gpu import command as gpu_command
 from fusedcomm.cli.bench.machine import describe_command
+from fusedcomm.cli.bench.single import command as single_command
 from fusedcomm.cli.bench.worker import DTYPES, Spec
 from fusedcomm.cli.launch import find_mpiexec, has_mpi4py
 
@@ -37,12 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "benchmark",
-        choices=("collectives", "decode", "attention"),
-        help="what to measure; decode: a decode step, on GPUs; attention: the ops around attention, on one GPU",
+        choices=("collectives", "decode", *BENCHMARKS),
+        help="what to measure; decode: a decode step, on GPUs; attention: the ops around attention, on one GPU; "
+        "sampling: sampling and speculative verification, on one GPU or a CPU",
     )
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     add("--tp", type=_numbers, metavar="N[,N…]", help="ranks; several in turn (default: 8; on GPUs their number)")
-    add("--tokens", type=_numbers, metavar="T[,T…]", help="rows of x (default: 1 to 256; 2 ranks: to 4096; GPU: 4096)")
+    add("--tokens", type=_numbers, metavar="T[,T…]", help="rows (default: 1 to 256; 2 ranks: to 4096; GPU: 4096)")
     add("--hidden", type=_numbers, metavar="H[,H…]", help="row length (default 4096; on GPUs also 7168)")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--ops", type=_names, metavar="OP[,OP…]", help="default: all")
@@ -89,8 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cases",
         type=_names,
         metavar="C[,C…]",
-        help="attention: patterns of ops (qk_norm_rope, indexer_*, sparse_mla_decode, …) or of op/size (default: all)",
+        help="attention, sampling: patterns of ops (qk_norm_rope, indexer_*, top_p_renorm, *_sampling, …) or of op/size"
+        " (default: all)",
     )
+    gpu("--vocabs", type=_numbers, metavar="V[,V…]", help="sampling: vocabularies (default: 32768,128256,151936)")
+    gpu("--tiny", action="store_true", help="attention, sampling: sizes that show that it runs (--device cpu)")
     gpu("--batches", type=_numbers, metavar="B[,B…]", help="decode: sequences (default 1,16)")
     gpu("--layers", type=int, metavar="N", help="decode: decoder layers (default 36)")
     gpu("--context", type=int, metavar="N", help="decode: positions in the cache (default 1024)")
@@ -100,8 +105,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The exit code; prints tables on stdout, progress on stderr."""
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.benchmark == "attention":
-        return attention_command.run(arguments, device)
+    if arguments.benchmark in BENCHMARKS:
+        return single_command.run(BENCHMARKS[arguments.benchmark], arguments, device)
     if device == "cuda":
         return gpu_command.run(arguments)
     if arguments.benchmark == "decode":

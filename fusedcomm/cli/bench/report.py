@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fusedcomm.cli.bench.attention import targets as attention_targets
-from fusedcomm.cli.bench.attention.tables import BENCHMARK, of_attention, print_attention, save_attention_plot
+from fusedcomm.cli.bench.benchmarks import BENCHMARKS
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu import targets as gpu_targets
-from fusedcomm.cli.bench.targets import judge
+from fusedcomm.cli.bench.single import bars, tables
+from fusedcomm.cli.bench.targets import Verdict, judge
 
 Record = Mapping[str, Any]
 
@@ -32,10 +32,12 @@ def parse_records(text: str) -> list[Record]:
 
 def print_report(records: Sequence[Record], console: Console) -> None:
     """A table for each operation, world size and row length, what is absent, then the targets."""
-    attention = of_attention(records)
-    records = [r for r in records if r.get("benchmark") != BENCHMARK]
-    if attention:
-        print_attention(attention, console)
+    verdicts: list[Verdict] = []
+    for name, benchmark in BENCHMARKS.items():
+        if own := tables.records_of(name, records):
+            tables.print_tables(own, console)
+            verdicts += bars.judge(benchmark.bars, own)
+    records = [r for r in records if r.get("benchmark") not in BENCHMARKS]
     timed = _timed(records)
     for key in _unique(_table_key(r) for r in timed):
         own = [r for r in timed if _table_key(r) == key]
@@ -45,8 +47,7 @@ def print_report(records: Sequence[Record], console: Console) -> None:
     for figure, title in _SMALL_TABLES.items():
         _print_small([r for r in records if figure in r], figure, title, console)
     _print_absent([r for r in records if "absent" in r], console)
-    verdicts = judge([r for r in records if r.get("device") != "cuda"]) + gpu_targets.judge(records)
-    verdicts += attention_targets.judge(attention)
+    verdicts += judge([r for r in records if r.get("device") != "cuda"]) + gpu_targets.judge(records)
     if verdicts:
         table = Table("targets", "target", "measured", "")
         for v in verdicts:
@@ -151,10 +152,11 @@ def _times(records: Sequence[Record]) -> Table:
 def save_plot(records: Sequence[Record], path: Path) -> bool:
     """Time a call over tokens, a panel for each operation, world size and row length; needs matplotlib.
 
-    Of records of ``bench attention``, a panel for each op. False where there is nothing to draw.
+    Of records of a benchmark of ops on one device, a panel for each op. False where there is nothing to draw.
     """
-    if attention := of_attention(records):
-        return save_attention_plot(attention, path)
+    for name in BENCHMARKS:
+        if own := tables.records_of(name, records):
+            return tables.save_plot(own, path)
     import matplotlib
 
     matplotlib.use("Agg")

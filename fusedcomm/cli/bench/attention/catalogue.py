@@ -1,8 +1,6 @@
-"""Which sizes of each op are measured."""
+"""The benchmark of the attention ops: which there are, and what they are held against."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from fusedcomm.cli.bench.attention import (
     dual_stream,
@@ -13,21 +11,23 @@ from fusedcomm.cli.bench.attention import (
     qk_norm_rope,
     sparse_mla,
 )
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Workload
+from fusedcomm.cli.bench.attention.targets import BARS
+from fusedcomm.cli.bench.single.benchmark import Benchmark
 
-_MAKERS: dict[str, Callable[[Spec], list[Workload]]] = {
-    "qk_norm_rope": qk_norm_rope.workloads,
-    "kv_materialize": kv_materialize.workloads,
-    "indexer_write": indexer.write_workloads,
-    "indexer_gather": indexer.gather_workloads,
-    "indexer_logits": logits.workloads,
-    "sparse_mla_decode": sparse_mla.workloads,
-    "mla_prepare": mla_prepare.workloads,
-    "dual_stream": dual_stream.workloads,
-}
-
-
-def workloads(spec: Spec, op: str) -> list[Workload]:
-    """The sizes of an op that ``spec`` asks for."""
-    return [workload for workload in _MAKERS[op](spec) if spec.wants(op, workload.label)]
+ATTENTION = Benchmark(
+    name="attention",
+    module="fusedcomm.cli.bench.attention",
+    makers={
+        qk_norm_rope.OP: qk_norm_rope.workloads,
+        kv_materialize.OP: kv_materialize.workloads,
+        indexer.WRITE: indexer.write_workloads,
+        indexer.GATHER: indexer.gather_workloads,
+        logits.OP: logits.workloads,
+        sparse_mla.OP: sparse_mla.workloads,
+        mla_prepare.OP: mla_prepare.workloads,
+        dual_stream.OP: dual_stream.workloads,
+    },
+    bars=BARS,
+    flashinfer_modules={qk_norm_rope.OP: ("norm", "rope"), sparse_mla.OP: ("mla",)},
+    has_products=True,
+)

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from fusedcomm import platform
 from fusedcomm.cli.bench.attention import indexer_cache as cache_of
 from fusedcomm.cli.bench.attention.rope import random_positions, rope_table, rotate
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.collectives import OURS
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.env import Settings
 from fusedcomm.ops.attention import (
     fp8_paged_mqa_logits,

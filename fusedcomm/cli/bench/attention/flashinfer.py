@@ -1,8 +1,5 @@
 """FlashInfer's forms of the attention ops, where ``flashinfer-python`` (0.6.12) is installed and has them.
 
-It compiles its kernels at first use, each for about a minute. So a process of its own begins with that when a benchmark
-starts (``python -m fusedcomm.cli.bench.attention.flashinfer``); a case that needs a module waits for it.
-
 What it does not have on Hopper: a sparse decode over FP8 caches with a scale for every few values (its
 ``trtllm_batch_decode_sparse_mla_dsv4`` is for Blackwell, and for bf16 or FP8 with one scale a tensor); the indexer's
 cache. Its ``fused_qk_rmsnorm_rope`` norms over all heads together, for video models.
@@ -10,29 +7,14 @@ cache. Its ``fused_qk_rmsnorm_rope`` norms over all heads together, for video mo
 
 from __future__ import annotations
 
-import importlib
-import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from fusedcomm.cli.bench.gpu.harness import AbsentError
+from fusedcomm.cli.bench.single.flashinfer import library
 
-NAME = "flashinfer"
-MODULE = "fusedcomm.cli.bench.attention.flashinfer"
 WORKSPACE_BYTES = 128 << 20
-
-
-def library(module: str) -> Any:
-    """``flashinfer.<module>``; AbsentError where it cannot be imported."""
-    try:
-        return importlib.import_module(f"flashinfer.{module}")
-    except ImportError as error:
-        raise AbsentError(f"flashinfer-python is not installed, or lacks something: {error}") from error
-    except Exception as error:  # it looks for the CUDA runtime and the like when it is imported
-        raise AbsentError(f"importing FlashInfer: {type(error).__name__}: {error}") from error
 
 
 def norm_and_rope() -> tuple[Callable[..., Any], Callable[..., None]]:
@@ -71,52 +53,3 @@ class DenseMLA:
     def run(self, out: torch.Tensor) -> None:
         """Writes ``out [B, H, 512]``."""
         self.wrapper.run(*self.parts, out=out)
-
-
-def _specs() -> dict[str, Callable[[], Any]]:
-    """What the cases need, by name: functions that describe a module to FlashInfer's compiler."""
-
-    def mla() -> Any:
-        backend = library("utils").determine_mla_backend(torch.device("cuda"))
-        bf16 = torch.bfloat16
-        return library("jit").gen_batch_mla_module(backend, bf16, bf16, bf16, torch.int32, 512, 64, False)
-
-    return {
-        "norm": lambda: library("jit.norm").gen_norm_module(),
-        "rope": lambda: library("jit.rope").gen_rope_module(),
-        "mla": mla,
-    }
-
-
-def build(names: Sequence[str]) -> list[str]:
-    """Compiles these modules side by side into FlashInfer's cache; the failures, which their cases will meet again."""
-    failures = []
-
-    def one(name: str) -> None:
-        try:
-            spec = _specs()[name]()
-            if not spec.is_aot:
-                spec.build(verbose=False)
-        except Exception as error:  # of nvcc, ninja, FlashInfer
-            failures.append(f"{name}: {str(error).strip().splitlines()[-1][:200]}")
-
-    threads = [threading.Thread(target=one, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return failures
-
-
-def main() -> None:
-    """``python -m fusedcomm.cli.bench.attention.flashinfer NAME…``."""
-    try:
-        library("jit")
-    except AbsentError:
-        return  # its cases say so
-    if failures := build(sys.argv[1:]):
-        sys.exit(f"FlashInfer's build failed: {'; '.join(failures)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,12 +18,12 @@ import torch
 from fusedcomm import platform
 from fusedcomm.cli.bench.attention import indexer_cache as cache_of
 from fusedcomm.cli.bench.attention.indexer_cache import BLOCK_SIZE, HEAD_DIM, LAYOUTS, TOKEN_BYTES
-from fusedcomm.cli.bench.attention.machine import copy_peer
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu.compiling import compiled
 from fusedcomm.cli.bench.registry import WrongResultError
+from fusedcomm.cli.bench.single.machine import copy_peer
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.ops.attention import cp_gather_indexer_k_quant_cache, indexer_k_quant_and_cache
 
 WRITE, GATHER = "indexer_write", "indexer_gather"

@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fusedcomm.cli.bench.attention.machine import copy_peer
 from fusedcomm.cli.bench.attention.rope import random_positions, rope_table, rotate
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu.compiling import compiled
+from fusedcomm.cli.bench.single.machine import copy_peer
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.ops.attention import KV, fused_kv_materialize
 
 OP = "kv_materialize"

@@ -16,12 +16,12 @@ import torch
 from fusedcomm import platform
 from fusedcomm.cli.bench.attention import indexer_cache as cache_of
 from fusedcomm.cli.bench.attention.indexer_cache import BLOCK_SIZE, HEAD_DIM, LAYOUTS, TOKEN_BYTES
-from fusedcomm.cli.bench.attention.machine import copy_peer
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu.compiling import compiled
+from fusedcomm.cli.bench.single.machine import copy_peer
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.ops.attention import fp8_paged_mqa_logits
 
 OP = "indexer_logits"

@@ -15,13 +15,13 @@ from collections.abc import Callable
 import torch
 
 from fusedcomm import platform
-from fusedcomm.cli.bench.attention.machine import copy_peer
 from fusedcomm.cli.bench.attention.rope import random_positions, rope_table, rotate
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu.compiling import compiled
+from fusedcomm.cli.bench.single.machine import copy_peer
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.ops.attention import fused_qk_rope_cat_and_cache_mla
 
 OP = "mla_prepare"

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 
 from fusedcomm import ops
 from fusedcomm.cli.bench.attention import flashinfer
-from fusedcomm.cli.bench.attention.machine import copy_peer
 from fusedcomm.cli.bench.attention.rope import random_positions, rope_table, rotate
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu.compiling import compiled
+from fusedcomm.cli.bench.single.flashinfer import FLASHINFER
+from fusedcomm.cli.bench.single.machine import copy_peer
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.ops.attention import fused_qk_norm_rope
 
 OP = "qk_norm_rope"
@@ -94,7 +95,7 @@ def op_peers(place: Place, tokens: int) -> list[Peer]:
         "separate+eager": lambda own: _separate(own, rotate_both),
     }
     peers = [Peer(name, lambda run=run: Calls(sets, run, QKVSet.check)) for name, run in ways.items()]  # type: ignore[misc]
-    peers.append(Peer(flashinfer.NAME, lambda: Calls(sets, _flashinfer(), QKVSet.check)))
+    peers.append(Peer(FLASHINFER, lambda: Calls(sets, _flashinfer(), QKVSet.check)))
     return [*peers, Peer(OURS, lambda: Calls(sets, _ours, QKVSet.check))]
 
 

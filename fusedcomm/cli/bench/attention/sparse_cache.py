@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fusedcomm import platform
-from fusedcomm.cli.bench.attention.workload import Place
+from fusedcomm.cli.bench.single.workload import Place
 
 BLOCK_SIZE = 64
 ROPE_DIM = 64

@@ -20,14 +20,15 @@ from typing import NamedTuple
 import torch
 
 from fusedcomm.cli.bench.attention import flashinfer, sparse_cache
-from fusedcomm.cli.bench.attention.machine import copy_peer
 from fusedcomm.cli.bench.attention.sparse_cache import V4, V32, VALUE_DIM, Layout
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.cases import check_close
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu.compiling import compiled
 from fusedcomm.cli.bench.gpu.harness import AbsentError
+from fusedcomm.cli.bench.single.flashinfer import FLASHINFER, library
+from fusedcomm.cli.bench.single.machine import copy_peer
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.ops.attention.sparse_mla import sparse_mla_decode
 
 OP = "sparse_mla_decode"
@@ -176,7 +177,7 @@ def _peers(size: Size, place: Place) -> list[Peer]:
     ways: dict[str, Callable[[], Calls[DecodeSet]]] = {
         "torch": lambda: Calls(sets, functools.partial(plain, decode=unfused), DecodeSet.check),
         "compile": lambda: Calls(sets, functools.partial(plain, decode=compiled(unfused)), DecodeSet.check),
-        flashinfer.NAME: lambda: _flashinfer(caches, sets),
+        FLASHINFER: lambda: _flashinfer(caches, sets),
         OURS: lambda: Calls(sets, _ours, DecodeSet.check),
     }
     return [copy_peer(place, size.moved_bytes), *(Peer(name, make) for name, make in ways.items())]
@@ -188,7 +189,7 @@ def _flashinfer(caches: Caches, sets: list[DecodeSet]) -> Calls[DecodeSet]:
         raise AbsentError(
             "its sparse MLA for keys of 512 is for Blackwell, and for caches of bf16 or of FP8 with one scale a tensor"
         )
-    flashinfer.library("mla")
+    library("mla")
     tokens = len(caches.main) * sparse_cache.BLOCK_SIZE
     pattern = min(tokens, sparse_cache.PATTERN_BLOCKS * sparse_cache.BLOCK_SIZE)
     slots = torch.arange(pattern, device=caches.main.device)

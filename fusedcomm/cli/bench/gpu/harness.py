@@ -3,7 +3,8 @@
 A round replays the graph of every case once. Before each replay, outside the clock, its inputs are restored, its
 results poisoned, and the ranks aligned on the device. A rank's figure is the median of its rounds divided by the calls
 in a graph; a case's figure is that of the slowest rank. A whole round is queued at once, and the device is held up
-while that begins, so that no replay waits for the host.
+while that begins, so that no replay waits for the host. A case that itself waits for the device (``Eager``) starts on
+an idle one, and the device is held up again behind it.
 
 What cannot be measured on one rank is dropped on all of them, with the reason, before ranks could wait for each other.
 """
@@ -38,6 +39,27 @@ class Case(Protocol):
 
     def facts(self) -> Mapping[str, object]:
         """What else the record of this case says."""
+
+
+@dataclass(frozen=True)
+class Eager:
+    """A case that waits for the device on the host, so no graph holds it: its calls are made again and again."""
+
+    case: Case
+    calls: int = 1
+    """In place of a graph's."""
+
+    def reset(self) -> None:
+        self.case.reset()
+
+    def call(self, index: int) -> None:
+        self.case.call(index)
+
+    def check(self) -> None:
+        self.case.check()
+
+    def facts(self) -> Mapping[str, object]:
+        return {**self.case.facts(), "eager": True}
 
 
 class Device(Protocol):
@@ -102,6 +124,8 @@ class Entry:
     is_wrong: bool = False
     """It is absent because its results are wrong."""
     replay: Callable[[], None] | None = None
+    calls: int = 0
+    """In a replay."""
     timing: Timing | None = None
     facts: dict[str, object] = field(default_factory=dict)
 
@@ -138,8 +162,8 @@ def measure(
     rounds = ranks.from_first_rank(effort.rounds(clock() - start))
     samples = [_round(present, ranks, device) for _ in range(rounds)]
     for i, entry in enumerate(present):
-        median = statistics.median(sample[i] for sample in samples) / effort.calls
-        entry.timing = Timing(tuple(ranks.of_all_ranks(median)), effort.calls, rounds)
+        median = statistics.median(sample[i] for sample in samples) / entry.calls
+        entry.timing = Timing(tuple(ranks.of_all_ranks(median)), entry.calls, rounds)
     for entry in present:
         _attempt(entry, ranks, lambda entry=entry: _check_replay(entry, device))  # type: ignore[misc]
 
@@ -208,11 +232,13 @@ def _capture(entry: Entry, device: Device, effort: Effort) -> None:
     case.reset()
     device.finish()
 
+    entry.calls = case.calls if isinstance(case, Eager) else effort.calls
+
     def queue() -> None:
-        for index in range(effort.calls):
+        for index in range(entry.calls):
             case.call(index)
 
-    entry.replay = device.capture(queue)
+    entry.replay = queue if isinstance(case, Eager) else device.capture(queue)
 
 
 def _check_replay(entry: Entry, device: Device) -> None:
@@ -226,10 +252,16 @@ def _check_replay(entry: Entry, device: Device) -> None:
 def _round(entries: Sequence[Entry], ranks: Ranks, device: Device) -> list[float]:
     """Seconds that each entry's graph takes."""
     marks = []
-    device.hold()
+    is_held = False
     for entry in entries:
+        is_eager = isinstance(entry.case, Eager)
+        if not is_held and not is_eager:
+            device.hold()
+        is_held = not is_eager  # an eager case leaves nothing queued
         _present(entry.case).reset()
         ranks.align()
+        if is_eager:
+            device.finish()
         start = device.mark()
         _present(entry.replay)()
         marks.append((start, device.mark()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -28,7 +29,7 @@ class Alone(OneRank):
 class WallClock:
     """The CPU in place of a GPU: a graph is its calls again, a mark is the time.
 
-    It shows that a benchmark runs. What it times is the host's Python too, and no measurement.
+    What it times is the host's Python too: calls as an engine makes them.
     """
 
     device = torch.device("cpu")
@@ -63,5 +64,10 @@ def open_device(name: str) -> AnyDevice:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """How much the last cache of a device holds; of a CPU, where nothing is measured, 0."""
-    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    """How much the last cache of a device holds; of a CPU that does not tell, 0."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    try:
+        return max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 0)
+    except (ValueError, OSError):  # not glibc
+        return 0

@@ -1,4 +1,4 @@
-"""What ``bench attention`` is to measure; travels to its process as JSON."""
+"""What a benchmark of ops is to measure; travels to its process as JSON."""
 
 from __future__ import annotations
 
@@ -8,24 +8,12 @@ import json
 from dataclasses import dataclass, field
 
 from fusedcomm.cli.bench.gpu.harness import Effort
-
-WORKER = "fusedcomm.cli.bench.attention.worker"
-FAMILIES = (
-    "qk_norm_rope",
-    "kv_materialize",
-    "indexer_write",
-    "indexer_gather",
-    "indexer_logits",
-    "sparse_mla_decode",
-    "mla_prepare",
-    "dual_stream",
-)
-"""The ops, in the order in which they are measured."""
+from fusedcomm.cli.bench.single.machine import MACHINE
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The settings of ``bench attention``."""
+    """The settings of a benchmark of ops on one device."""
 
     output: str
     command: str
@@ -33,7 +21,9 @@ class Spec:
     cases: list[str] = field(default_factory=lambda: ["*"])
     """Shell patterns: ``op``, or ``op/label`` for one size of it."""
     tokens: list[int] = field(default_factory=list)
-    """In place of the numbers of tokens of the ops that have one; empty: theirs."""
+    """In place of the numbers of tokens, or rows, of the ops that have one; empty: theirs."""
+    vocabs: list[int] = field(default_factory=list)
+    """In place of the vocabularies of the ops that have one; empty: theirs."""
     peers: list[str] = field(default_factory=lambda: ["*"])
     """Shell patterns of names; ``op/name`` or ``name``."""
     calls: int = 0
@@ -55,18 +45,9 @@ class Spec:
         return json.dumps(dataclasses.asdict(self))
 
     def check(self) -> None:
-        """ValueError for what cannot be measured."""
+        """ValueError for numbers that cannot be."""
         if not self.budget_s > 0 or min(self.min_rounds, self.patience_s) < 1 or min(self.calls, self.sets) < 0:
             raise ValueError("--budget, --rounds, --calls, --sets, --patience: expected positive numbers")
-        for pattern in self.cases:
-            if not any(fnmatch.fnmatchcase(op, pattern.partition("/")[0]) for op in FAMILIES):
-                raise ValueError(f"--cases: expected patterns of {', '.join(FAMILIES)}, got {pattern}")
-
-    def families(self) -> list[str]:
-        """The ops that ``cases`` asks for and that are not over."""
-        heads = [pattern.partition("/")[0] for pattern in self.cases]
-        wanted = [op for op in FAMILIES if any(fnmatch.fnmatchcase(op, head) for head in heads)]
-        return [op for op in wanted if op not in self.over]
 
     def wants(self, op: str, label: str) -> bool:
         """Whether a size of an op is among those to measure."""
@@ -74,6 +55,6 @@ class Spec:
 
     def wants_peer(self, op: str, name: str) -> bool:
         """Whether a peer is; what the machine does is measured in any case."""
-        return op not in FAMILIES or any(
+        return op == MACHINE or any(
             fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(f"{op}/{name}", p) for p in self.peers
         )

@@ -1,4 +1,4 @@
-"""The figures of ``bench attention`` for a terminal, for a README, and as a plot."""
+"""The figures of a benchmark of ops for a terminal, for a README, and as a plot."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fusedcomm.cli.bench.attention.machine import COPY, MACHINE, MATMUL
-from fusedcomm.cli.bench.attention.targets import Figures, shares
 from fusedcomm.cli.bench.collectives import OURS
+from fusedcomm.cli.bench.single.bars import Figures, shares
+from fusedcomm.cli.bench.single.machine import COPY, MACHINE, MATMUL
 
 Record = Mapping[str, Any]
-BENCHMARK = "attention"
 
 
-def of_attention(records: Iterable[Record]) -> list[Record]:
-    """The records of this benchmark."""
-    return [r for r in records if r.get("benchmark") == BENCHMARK]
+def records_of(benchmark: str, records: Iterable[Record]) -> list[Record]:
+    """The records of a benchmark by its name."""
+    return [r for r in records if r.get("benchmark") == benchmark]
 
 
-def print_attention(records: Sequence[Record], console: Console) -> None:
-    """What the machine does, a table for each op, kernels, and what is absent."""
+def print_tables(records: Sequence[Record], console: Console) -> None:
+    """For each type of device what it does, a table for each op, kernels, and what is absent."""
+    for device in _unique(r["device"] for r in records):
+        _print_device([r for r in records if r["device"] == device], console)
+
+
+def _print_device(records: Sequence[Record], console: Console) -> None:
     if any(r.get("tiny") for r in records):
         console.print("[bold]tiny sizes, timed by the wall clock: that the benchmark runs, and no measurement")
     for line in _machine_lines(records):
@@ -41,9 +45,14 @@ def print_attention(records: Sequence[Record], console: Console) -> None:
     _print_absent(records, console)
 
 
-def attention_tables(records: Iterable[Record]) -> str:
-    """The README's tables: one for each op, of what was measured on a GPU."""
-    own = [r for r in of_attention(records) if r["device"] == "cuda"]
+def markdown_tables(records: Iterable[Record]) -> str:
+    """The README's tables, one for each op and type of device; tiny sizes are no measurement, and left out."""
+    records = [r for r in records if not r.get("tiny")]
+    devices = _unique(r["device"] for r in records)
+    return "\n\n".join(filter(None, (_markdown([r for r in records if r["device"] == d]) for d in devices)))
+
+
+def _markdown(own: Sequence[Record]) -> str:
     tables = _machine_lines(own)
     for op in _ops(own):
         columns, rows = _cells([r for r in own if r["op"] == op and "us" in r], lambda us, ratio: _short(us))
@@ -57,14 +66,17 @@ def attention_tables(records: Iterable[Record]) -> str:
     return "\n\n".join(tables)
 
 
-def save_attention_plot(records: Sequence[Record], path: Path) -> bool:
-    """Time a call by size, a panel for each op; needs matplotlib. False where there is nothing to draw."""
+def save_plot(records: Sequence[Record], path: Path) -> bool:
+    """Time a call by size on the first record's type of device, a panel for each op; needs matplotlib.
+
+    False where there is nothing to draw.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [r for r in records if "us" in r and r["op"] != MACHINE]
+    timed = [r for r in records if "us" in r and r["op"] != MACHINE and r["device"] == records[0]["device"]]
     ops = _unique(r["op"] for r in timed)
     if not ops:
         return False
@@ -90,8 +102,9 @@ def save_attention_plot(records: Sequence[Record], path: Path) -> bool:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     first = timed[0]
-    figure.suptitle(f"{_device(records)}; {first['date'][:10]}")
-    figure.tight_layout()
+    inch = 1 / figure.get_figheight()
+    figure.suptitle(f"{_device(timed)}; {first['date'][:10]}", y=1 - 0.1 * inch, verticalalignment="top")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 * inch))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return True
@@ -103,7 +116,7 @@ def _cells(records: Sequence[Record], show: Callable[[float, float | None], str]
     times = {(r["label"], r["peer"]): r["us"] for r in records}
     labels, peers = _unique(r["label"] for r in records), _unique(r["peer"] for r in records)
     ours = {r["label"]: r for r in records if r["peer"] == OURS}
-    figures = Figures(records)
+    figures = Figures(records, records[0]["device"])
     copied = shares(figures, op, labels)
     has_copy, has_flops = any(copied), any(r.get("tflops") for r in ours.values())
     titles = [*peers, *(["of the copy's rate"] if has_copy else []), *(["TFLOP/s"] if has_flops else [])]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fusedcomm.cli.bench.attention.workload import Calls, Peer, Place, Results, Workload
 from fusedcomm.cli.bench.registry import WrongResultError
+from fusedcomm.cli.bench.single.workload import Calls, Peer, Place, Results, Workload
 
 MACHINE = "machine"
 COPY = "copy"
@@ -52,17 +52,18 @@ class MatmulSet:
         self.out = torch.empty_like(self.a)
 
 
-def machine_workloads(tiny: bool) -> list[Workload]:
-    """A copy of 1 GiB, and a product of bf16 matrices with 8192 rows and columns."""
-    copied, size = (1 << 16, 64) if tiny else (1 << 30, 8192)
+def machine_workloads(device: str, *, tiny: bool, with_product: bool) -> list[Workload]:
+    """A copy of 1 GiB (256 MiB on a CPU); with ``with_product`` also a product of 8192 x 8192 bf16 matrices."""
+    copied, size = (1 << 28 if device == "cpu" else 1 << 30), 8192
+    if tiny:
+        copied, size = 1 << 16, 64
 
     def matmul_peers(place: Place) -> list[Peer]:
         return [Peer(MATMUL, lambda: Calls(place.make_sets(lambda s: MatmulSet(size, place, s)), _matmul, _check))]
 
-    return [
-        Workload(MACHINE, COPY, {"bytes": copied}, lambda place: [copy_peer(place, 2 * copied)], 2 * copied),
-        Workload(MACHINE, MATMUL, {"size": size}, matmul_peers, 3 * 2 * size * size, 2 * size**3),
-    ]
+    copy = Workload(MACHINE, COPY, {"bytes": copied}, lambda place: [copy_peer(place, 2 * copied)], 2 * copied)
+    product = Workload(MACHINE, MATMUL, {"size": size}, matmul_peers, 3 * 2 * size * size, 2 * size**3)
+    return [copy, product] if with_product else [copy]
 
 
 def _matmul(own: MatmulSet) -> Results:

@@ -1,4 +1,4 @@
-"""The process of ``fusedcomm bench attention``: measures what its spec says, a JSON line a figure.
+"""The process of a benchmark of ops on one device: measures what its spec says, a JSON line a figure.
 
 A kernel that breaks the GPU's context takes with it what the process would measure after it. So the process then begins
 again with the op that comes next, and ends with an error.
@@ -17,22 +17,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import torch
+
 from fusedcomm.cli.bench import machine
-from fusedcomm.cli.bench.attention.bench import Bench, Record, describe
-from fusedcomm.cli.bench.attention.catalogue import workloads
-from fusedcomm.cli.bench.attention.device import open_device
-from fusedcomm.cli.bench.attention.machine import machine_workloads
-from fusedcomm.cli.bench.attention.spec import WORKER, Spec
-from fusedcomm.cli.bench.attention.workload import Workload
 from fusedcomm.cli.bench.gpu.device import describe_gpu_versions, describe_gpus
 from fusedcomm.cli.bench.registry import WrongResultError
+from fusedcomm.cli.bench.single.bench import Bench, Record, describe
+from fusedcomm.cli.bench.single.benchmark import Benchmark
+from fusedcomm.cli.bench.single.device import open_device
+from fusedcomm.cli.bench.single.machine import machine_workloads
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Workload
 
 
 class DeviceLostError(RuntimeError):
     """The device does not answer any more; the text is the op that it happened in."""
 
 
-def run(spec: Spec, output: IO[str]) -> None:
+def run(benchmark: Benchmark, spec: Spec, output: IO[str]) -> None:
     """Measures what ``spec`` says.
 
     Raises:
@@ -43,7 +45,7 @@ def run(spec: Spec, output: IO[str]) -> None:
     with device.active():
         bench = Bench(spec, device)
         about = {
-            "benchmark": "attention",
+            "benchmark": benchmark.name,
             "device": device.device.type,
             "world_size": 1,
             "command": spec.command,
@@ -51,10 +53,12 @@ def run(spec: Spec, output: IO[str]) -> None:
             "machine": machine.describe_machine() | (describe_gpus() if spec.device == "cuda" else {}),
             "versions": machine.describe_versions() | describe_gpu_versions(),
         }
+        if device.device.type == "cpu":
+            about["threads"] = torch.get_num_threads()
         if spec.tiny:
             about["tiny"] = True
         try:
-            for record in _records(spec, bench):
+            for record in _records(benchmark, spec, bench):
                 print(json.dumps({**record, **about}), file=output, flush=True)
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -62,12 +66,12 @@ def run(spec: Spec, output: IO[str]) -> None:
         raise WrongResultError("; ".join(bench.wrong))
 
 
-def _records(spec: Spec, bench: Bench) -> Iterator[Record]:
-    for workload in machine_workloads(spec.tiny):
+def _records(benchmark: Benchmark, spec: Spec, bench: Bench) -> Iterator[Record]:
+    for workload in machine_workloads(spec.device, tiny=spec.tiny, with_product=benchmark.has_products):
         yield from _measured(spec, bench, workload)
-    for op in spec.families():
+    for op in benchmark.families(spec):
         start = time.perf_counter()
-        for workload in workloads(spec, op):
+        for workload in benchmark.workloads(spec, op):
             yield from _measured(spec, bench, workload)
         bench.say(f"{op}: {time.perf_counter() - start:.1f} s")
     be_patient(spec)
@@ -93,31 +97,27 @@ def be_patient(spec: Spec) -> None:
     faulthandler.dump_traceback_later(spec.patience_s, exit=True)
 
 
-def after(spec: Spec, op: str) -> Spec:
+def after(benchmark: Benchmark, spec: Spec, op: str) -> Spec:
     """What is left when the device was lost in ``op``."""
-    families = spec.families()
+    families = benchmark.families(spec)
     done = families[: families.index(op) + 1] if op in families else families
     return dataclasses.replace(spec, over=[*spec.over, *done], broken=[*spec.broken, op])
 
 
-def main() -> None:
-    """``python -m fusedcomm.cli.bench.attention.worker SPEC``; the exit code is 1 where something of ours was wrong."""
+def main(benchmark: Benchmark) -> None:
+    """``python -m MODULE SPEC``; the exit code is 1 where something of ours was wrong."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     spec = Spec(**json.loads(sys.argv[1]))
     with Path(spec.output).open("a", encoding="utf-8") as output:
         try:
-            run(spec, output)
+            run(benchmark, spec, output)
         except WrongResultError as error:
             sys.exit(f"wrong results: {error}")
         except DeviceLostError as error:
-            spec = after(spec, str(error))
-            if not spec.families():
+            spec = after(benchmark, spec, str(error))
+            if not benchmark.families(spec):
                 sys.exit(f"the device was lost in {', '.join(spec.broken)}")
             output.flush()
-            os.execv(sys.executable, [sys.executable, "-m", WORKER, spec.to_json()])
+            os.execv(sys.executable, [sys.executable, "-m", benchmark.module, spec.to_json()])
     if spec.broken:
         sys.exit(f"the device was lost in {', '.join(spec.broken)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fusedcomm.cli.bench.attention.device import Alone, AnyDevice, cache_bytes
-from fusedcomm.cli.bench.attention.machine import COPY
-from fusedcomm.cli.bench.attention.spec import Spec
-from fusedcomm.cli.bench.attention.workload import Place, Plan, Workload
 from fusedcomm.cli.bench.collectives import OURS
 from fusedcomm.cli.bench.gpu import harness
 from fusedcomm.cli.bench.gpu.harness import Case, Effort, Entry
 from fusedcomm.cli.bench.gpu.kernels import count_kernels
+from fusedcomm.cli.bench.single.device import Alone, AnyDevice, cache_bytes
+from fusedcomm.cli.bench.single.machine import COPY
+from fusedcomm.cli.bench.single.spec import Spec
+from fusedcomm.cli.bench.single.workload import Place, Plan, Workload
 
 Record = dict[str, Any]
 MOST_LISTED = 24
