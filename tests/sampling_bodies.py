@@ -7,6 +7,7 @@ came to what it is compared with, for there rounding may decide.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,23 +20,26 @@ import torch
 from indexer_bodies import TorchOps
 from numpy.typing import NDArray
 from qk_bodies import all_same, same
-from triton_backend import GpuOps, TritonOps, to
+from triton_backend import GpuOps, InterpretedOps, TritonOps, to
 
 from fusedcomm import native
 from fusedcomm.ops import sampling
 from fusedcomm.ops.sampling import dispatch
+from fusedcomm.ops.sampling.plan import OPERATORS
 
 F32 = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
-BACKENDS = ("torch", "native", "torch-gpu", "native-gpu")
+# "triton", by its interpreter, is too slow for all tests: test_triton.py has those for it
+BACKENDS = ("torch", "native", "torch-gpu", "native-gpu", "triton-gpu")
 
 
 class SamplingOps:
     """fusedcomm.ops.sampling on one backend: CPU tensors in and out, wherever it runs."""
 
-    def __init__(self, runner: TritonOps) -> None:
+    def __init__(self, runner: TritonOps, caller: Callable[..., torch.Tensor]) -> None:
         self._runner = runner
+        self._caller = caller
         self.device = runner.device
 
     def run(self, body: Callable[..., Any], *args: Any) -> Any:
@@ -43,30 +47,41 @@ class SamplingOps:
         return self._runner.run(body, *args)
 
     def __getattr__(self, name: str) -> Callable[..., torch.Tensor]:
-        return lambda *args, **options: self.run(call, name, args, options)
+        return lambda *args, **options: self.run(self._caller, name, args, options)
 
 
 @contextmanager
 def runners(which: str) -> Iterator[TritonOps]:
-    """Where one of BACKENDS serves; skips the test where there is no GPU for it, or no library."""
+    """Where ``"triton"`` or one of BACKENDS serves; skips the test where there is no GPU for it, or no library."""
     backend, _, where = which.partition("-")
     if where == "gpu" and not torch.cuda.is_available():
         pytest.skip("no GPU: torch.cuda.is_available() is False")
     if backend == "native" and (native.load_gpu() if where == "gpu" else native.load()) is None:
         pytest.skip("the native library is not installed")
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("FUSEDCOMM_BACKEND", backend)
         monkeypatch.setattr(dispatch, "_chosen", {})
-        runner = GpuOps() if where == "gpu" else TorchOps()
-        assert dispatch.sampling_backend(runner.device) == backend
-        yield runner
+        runner = GpuOps() if where == "gpu" else InterpretedOps() if backend == "triton" else TorchOps()
+        try:
+            assert runner.run(serving) == {backend}
+            yield runner
+        finally:
+            if isinstance(runner, InterpretedOps):
+                runner.close()
+
+
+def serving(device: str) -> set[str]:
+    """What serves the ops of sampling and verification."""
+    return {dispatch.sampling_backend(device, op) for op in OPERATORS}
 
 
 @contextmanager
 def backends(which: str) -> Iterator[SamplingOps]:
-    """The ops on one of BACKENDS."""
+    """The ops on ``"triton"`` or one of BACKENDS."""
     with runners(which) as runner:
-        yield SamplingOps(runner)
+        yield SamplingOps(runner, call_once if which == "triton" else call)
 
 
 def call(device: str, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
@@ -80,6 +95,22 @@ def call(device: str, name: str, args: tuple[Any, ...], options: dict[str, Any])
     assert same(out, result)
     assert all_same(to((args, options), "cpu"), before)
     return to(result, "cpu")
+
+
+def call_once(device: str, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> torch.Tensor:
+    """The result of an op into a poisoned ``out``; the arguments stay as they are."""
+    (rows, *_), indices = args, options.get("indices")
+    count = len(rows) if indices is None else len(indices)
+    poison = (
+        torch.full((count,), -7, dtype=torch.int32)
+        if "sampling" in name
+        else torch.full((count, rows.shape[1]), torch.nan)
+    )
+    args, options, out = to((args, options, poison), device)
+    before = to((args, options), "cpu")
+    assert getattr(sampling, name)(*args, **options, out=out) is out
+    assert all_same(to((args, options), "cpu"), before)
+    return to(out, "cpu")
 
 
 # ---- rows ----

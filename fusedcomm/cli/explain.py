@@ -1,4 +1,7 @@
-"""``fusedcomm explain``: the plan of a collective, from this machine and environment, without starting ranks."""
+"""``fusedcomm explain``: what a call would run on, from this machine and environment, without starting ranks.
+
+Of a collective it is the plan that its ranks would follow, of an op of sampling or verification its backend.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,45 @@ import argparse
 import re
 from typing import TYPE_CHECKING
 
+from fusedcomm.cli.explain_sampling import SAMPLING_OPS, default_dtype, explain_sampling
+
 if TYPE_CHECKING:
     import torch
 
     from fusedcomm.comm.plan import Plan
 
 OPS = ("all_reduce", "allreduce_rmsnorm", "allreduce_rmsnorm_quant")
+SHAPE_HELP = (
+    "of each rank's x, T,H: 16,4096 or 16x4096; of probs or logits, B,V, for an op of sampling; of draft_probs, b,n,V "
+    "(chain), target_probs, bs,D,V (dflash, tree) or candidates, bs,D (greedy) for one of verification"
+)
+DTYPE_HELP = (
+    "of the same tensor: bf16, fp16, fp32, or torch's names (default: bf16; for sampling and verification fp32, "
+    "or int64 of candidates)"
+)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--op", choices=OPS, required=True)
-    add("--shape", type=parse_shape, required=True, metavar="T,H", help="of each rank's x: 16,4096 or 16x4096")
-    add("--dtype", default="bf16", metavar="DTYPE", help="of x: bf16 (default), fp16, fp32, or torch's names")
-    add("--tp", type=int, required=True, metavar="N", help="ranks of the group")
-    add("--device", choices=("cpu", "cuda"), help="where the ranks' tensors live (default: a GPU if there is one)")
+    add("--op", choices=(*OPS, *SAMPLING_OPS), required=True, metavar="OP", help=", ".join((*OPS, *SAMPLING_OPS)))
+    add("--shape", type=parse_shape, required=True, metavar="SHAPE", help=SHAPE_HELP)
+    add("--dtype", metavar="DTYPE", help=DTYPE_HELP)
+    add("--tp", type=int, metavar="N", help="ranks of the group that makes a collective")
+    add("--device", choices=("cpu", "cuda"), help="where the tensors live (default: a GPU if there is one)")
     add("--group-size", type=int, default=128, metavar="G", help="of the quantisation (default 128)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The exit code; prints the plan."""
-    dtype = parse_dtype(arguments.dtype)
-    plan = explain(
-        arguments.op,
-        arguments.shape,
-        dtype,
-        arguments.tp,
-        group_size=arguments.group_size,
-        device=arguments.device,
-    )
-    print(plan)
+    op, shape, device = arguments.op, arguments.shape, arguments.device
+    if op in SAMPLING_OPS:
+        print(explain_sampling(op, shape, parse_dtype(arguments.dtype or default_dtype(op)), device=device))
+        return 0
+    if arguments.tp is None:
+        raise ValueError(f"--tp: expected the number of ranks that make {op}, got none")
+    dtype = parse_dtype(arguments.dtype or "bf16")
+    print(explain(op, shape, dtype, arguments.tp, group_size=arguments.group_size, device=device))
     return 0
 
 

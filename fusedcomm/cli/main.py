@@ -16,7 +16,7 @@ BAD_INPUT = 2
 # only in run.
 COMMANDS = {
     "doctor": ("fusedcomm.cli.doctor", "say what is here, and test it on real ranks"),
-    "explain": ("fusedcomm.cli.explain", "say which stage a collective takes, and why not a faster one"),
+    "explain": ("fusedcomm.cli.explain", "say what a collective or a sampling op runs on, and why not faster"),
     "generate": ("fusedcomm.cli.generate", "decode a prompt with a model over several ranks"),
     "bench": ("fusedcomm.cli.bench.command", "measure collectives, a decode step or attention ops"),
 }

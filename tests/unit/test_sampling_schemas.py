@@ -15,16 +15,15 @@ from qk_bodies import all_same, compiles
 
 from fusedcomm import native
 from fusedcomm.ops import sampling
-from fusedcomm.ops.sampling import dispatch
-from fusedcomm.ops.sampling import operators as sampling_operators
-from fusedcomm.ops.speculative import operators as speculative_operators
+from fusedcomm.ops.sampling import dispatch, operators
+from fusedcomm.ops.sampling.plan import OPERATORS
 
 pytestmark = pytest.mark.skipif(native.load() is None, reason="the native library is not installed")
 
 
 @pytest.fixture(autouse=True)
 def native_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_chosen", {"cpu": "native"})
+    monkeypatch.setattr(dispatch, "_chosen", {("cpu", op): "native" for op in OPERATORS})
 
 
 @pytest.fixture
@@ -41,12 +40,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
 
         return record
 
-    for module, kind in (
-        (sampling_operators, sampling_operators.SamplingOperators),
-        (speculative_operators, speculative_operators.SpeculativeOperators),
-    ):
-        recorders: Any = kind(*map(recorder, kind._fields))
-        monkeypatch.setattr(module, "_operators", {"native": recorders})
+    recorders = {("native", op): recorder(name) for op, name in OPERATORS.items()}
+    monkeypatch.setattr(operators, "_operators", recorders)
     return received
 
 
@@ -77,7 +72,7 @@ def arguments_of(rows: int, seed: int = 1) -> tuple[torch.Tensor, ...]:
 
 def in_torch(monkeypatch: pytest.MonkeyPatch, function: Any, arguments: tuple[torch.Tensor, ...]) -> Any:
     with monkeypatch.context() as patched:
-        patched.setattr(dispatch, "_chosen", {"cpu": "torch"})
+        patched.setattr(dispatch, "_chosen", {("cpu", op): "torch" for op in OPERATORS})
         return function(*arguments)
 
 

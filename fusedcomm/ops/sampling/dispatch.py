@@ -1,29 +1,39 @@
-"""Which backend serves the ops of sampling and of speculative verification; decided once for a device type."""
+"""Which backend serves the ops of sampling and of speculative verification; decided once for a device type and an op.
+
+fusedcomm.ops.sampling.plan has the rule; here is what it asks of the machine.
+"""
 
 from __future__ import annotations
 
-from fusedcomm import native
-from fusedcomm.env import Settings
-from fusedcomm.errors import SettingError
+import functools
+import importlib
 
-_chosen: dict[str, str] = {}
+import torch
+
+from fusedcomm import kernels, native
+from fusedcomm.env import Settings
+from fusedcomm.ops.sampling.plan import OPERATORS, SamplingPlan, choose_sampling_backend, explain_choice
+from fusedcomm.platform import device_facts
+
+_chosen: dict[tuple[str, str], str] = {}
 _debug: list[bool] = []
 
 
-def sampling_backend(device_type: str) -> str:
-    """``"native"`` or ``"torch"``: what runs these ops on tensors of this device type.
+def sampling_backend(device_type: str, op: str = "top_p_renorm_probs") -> str:
+    """``"native"``, ``"triton"``, ``"torch"`` or ``"aiter"``: what runs this op on tensors of this device type.
 
-    Reads the settings and loads the compiled library at its first call for a device type.
+    At its first call for the two it reads the settings, and loads what they and the machine bring into question. After
+    that the operators of the backend are registered with torch.
 
     Raises:
-        SettingError: ``FUSEDCOMM_BACKEND`` asks for what has no kernels of these ops here.
+        SettingError: ``FUSEDCOMM_BACKEND`` asks for what cannot serve the op here.
     """
-    backend = _chosen.get(device_type)
+    backend = _chosen.get((device_type, op))
     if backend is None:
-        library = native.load() if device_type == "cpu" else native.load_gpu()
         settings = Settings.from_environ()
-        backend = choose_sampling_backend(settings, device_type, native_available=library is not None)
-        _chosen[device_type] = backend
+        why_not = functools.partial(_why_not, settings, op, device_type)
+        backend = choose_sampling_backend(settings, op, device_type, why_not)
+        _chosen[device_type, op] = backend
     return backend
 
 
@@ -31,21 +41,62 @@ def sampling_backend(device_type: str) -> str:
 setattr(sampling_backend, "_dynamo_marked_constant", True)  # noqa: B010
 
 
-def choose_sampling_backend(settings: Settings, device_type: str, *, native_available: bool) -> str:
-    """The pure rule behind sampling_backend: native where it is, else torch.
+def explain(op: str, device_type: str) -> SamplingPlan:
+    """What serves an op of fusedcomm.ops.sampling or fusedcomm.ops.speculative on tensors of a device type, and why.
 
-    ``native_available``: there is a compiled library with these ops for this device type. A setting that asks for
-    aiter is about collectives, and on a GPU leaves these ops to the rule.
+    Reads the settings as they are now; an op that has been called keeps to those of its first call.
+
+    Args:
+        op: the name of its function.
+        device_type: ``"cpu"`` or ``"cuda"``, which is HIP's name as well.
+
+    Raises:
+        ValueError: an argument that is not one of these.
+        SettingError: as a call of the op would.
     """
-    usable = ("torch", "native") if native_available else ("torch",)
-    wanted = None if settings.backend == "aiter" and device_type != "cpu" else settings.backend
-    if wanted is None:
-        return "torch" if settings.disable else usable[-1]
-    if wanted not in usable:
-        raise SettingError(
-            f"FUSEDCOMM_BACKEND: expected {' or '.join(usable)} for sampling on {device_type} here, got {wanted!r}"
-        )
-    return wanted
+    if op not in OPERATORS:
+        raise ValueError(f"op: expected one of {', '.join(OPERATORS)}, got {op!r}")
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"device_type: expected 'cpu' or 'cuda', got {device_type!r}")
+    settings = Settings.from_environ()
+    return explain_choice(settings, op, device_type, functools.partial(_why_not, settings, op, device_type))
+
+
+def _why_not(settings: Settings, op: str, device_type: str, backend: str) -> str:
+    """Why a backend cannot serve an op on this machine; empty if it can. Loads and imports what it takes to know."""
+    if backend == "native":
+        return _why_not_native(device_type)
+    if backend == "triton":
+        return _why_not_triton(op, device_type)
+    if backend == "aiter":
+        from fusedcomm.ops.sampling import aiter
+
+        return aiter.why_not(op, settings, _arch(device_type)) or aiter.why_absent(op)
+    return ""
+
+
+def _why_not_native(device_type: str) -> str:
+    if device_type == "cpu":
+        return "" if native.load() is not None else "the compiled library is not installed"
+    if native.load_gpu() is not None:
+        return ""
+    missing = native.library_path(native.GPU_LIBRARY_NAME) is None
+    return "the compiled GPU library is not installed" if missing else "torch sees no GPU"
+
+
+def _why_not_triton(op: str, device_type: str) -> str:
+    if not kernels.available(device_type):
+        by_interpreter = ", or does not run by its interpreter (TRITON_INTERPRET=1)" if device_type == "cpu" else ""
+        return f"Triton is not installed{by_interpreter}"
+    importlib.import_module("fusedcomm.kernels.sampling.operators")  # registers them
+    return "" if hasattr(torch.ops.fusedcomm_triton, OPERATORS[op]) else "it has no Triton kernel"
+
+
+def _arch(device_type: str) -> str:
+    """That of the current device of this type; empty where torch sees none."""
+    if device_type == "cuda" and not torch.cuda.is_available():
+        return ""
+    return device_facts(torch.device(device_type)).arch
 
 
 def values_are_checked() -> bool:

@@ -15,7 +15,7 @@ from fusedcomm.ops.sampling.checks import (
     check_top_k,
     check_uniforms,
 )
-from fusedcomm.ops.sampling.operators import sampling_operators
+from fusedcomm.ops.sampling.operators import sampling_operator
 
 _ORDERS = ("top_k_first", "joint")
 
@@ -56,7 +56,7 @@ def sampling_from_probs(
     """
     source = check_probs(probs, indices)
     uniforms, out = _uniforms_and_result(source, uniforms, generator, out)
-    sampling_operators(probs.device.type).sampling_from_probs_out(source.rows, source.indices, uniforms, out)
+    sampling_operator("sampling_from_probs", probs.device.type)(source.rows, source.indices, uniforms, out)
     return out
 
 
@@ -91,8 +91,8 @@ def top_k_top_p_sampling_from_probs(
     if order not in _ORDERS:
         raise ValueError(f"order: expected 'top_k_first' or 'joint', got {order!r}")
     uniforms, out = _uniforms_and_result(source, uniforms, generator, out, top_k=k.rows, top_p=p.rows)
-    operators = sampling_operators(probs.device.type)
-    operators.top_k_top_p_sampling_from_probs_out(source.rows, source.indices, *k, *p, uniforms, order == "joint", out)
+    operator = sampling_operator("top_k_top_p_sampling_from_probs", probs.device.type)
+    operator(source.rows, source.indices, *k, *p, uniforms, order == "joint", out)
     return out
 
 

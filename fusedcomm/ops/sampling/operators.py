@@ -1,41 +1,35 @@
-"""The operators of sampling that a backend offers; no checks."""
+"""The operators of sampling: those of the backend that serves an op; no checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 
 from fusedcomm.ops.sampling import reference
 from fusedcomm.ops.sampling.dispatch import sampling_backend
+from fusedcomm.ops.sampling.plan import OPERATORS
+
+NAMESPACES = {"native": "fusedcomm", "triton": "fusedcomm_triton", "aiter": "fusedcomm_aiter"}
+"""Where torch has the operators of a backend; those of torch itself are functions."""
+
+_operators: dict[tuple[str, str], Callable[..., None]] = {}
 
 
-class SamplingOperators(NamedTuple):
-    """One backend's operators, with the signatures of fusedcomm.ops.sampling.reference."""
-
-    top_k_renorm_probs_out: Callable[..., None]
-    top_p_renorm_probs_out: Callable[..., None]
-    top_k_top_p_renorm_probs_out: Callable[..., None]
-    min_p_renorm_probs_out: Callable[..., None]
-    softmax_temperature_out: Callable[..., None]
-    sampling_from_probs_out: Callable[..., None]
-    top_k_top_p_sampling_from_probs_out: Callable[..., None]
+def sampling_operator(op: str, device_type: str) -> Callable[..., None]:
+    """The operator of an op for tensors of this device type; fusedcomm.ops.sampling.reference has the signatures."""
+    return operator_of(sampling_backend(device_type, op), op, reference)
 
 
-_operators: dict[str, SamplingOperators] = {}
-
-
-def sampling_operators(device_type: str) -> SamplingOperators:
-    """The operators for tensors of this device type."""
-    backend = sampling_backend(device_type)
-    operators = _operators.get(backend)
-    if operators is None:
-        operators = _operators[backend] = _operators_of(backend)
-    return operators
-
-
-def _operators_of(backend: str) -> SamplingOperators:
-    if backend == "native":
-        return SamplingOperators(*(getattr(torch.ops.fusedcomm, name).default for name in SamplingOperators._fields))
-    return SamplingOperators(*(getattr(reference, name) for name in SamplingOperators._fields))
+def operator_of(backend: str, op: str, functions: ModuleType) -> Callable[..., None]:
+    """A backend's operator of an op; torch's is one of these functions."""
+    operator = _operators.get((backend, op))
+    if operator is None:
+        name = OPERATORS[op]
+        if backend == "torch":
+            operator = getattr(functions, name)
+        else:
+            operator = getattr(getattr(torch.ops, NAMESPACES[backend]), name).default
+        _operators[backend, op] = operator
+    return operator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedcomm.ops.sampling.checks import check_probs, check_share, check_top_k, result
-from fusedcomm.ops.sampling.operators import sampling_operators
+from fusedcomm.ops.sampling.operators import sampling_operator
 
 
 def top_k_renorm_probs(
@@ -39,8 +39,7 @@ def top_k_renorm_probs(
     source = check_probs(probs, indices)
     k = check_top_k(top_k, source)
     out = result(out, source, top_k=k.rows)
-    operators = sampling_operators(probs.device.type)
-    operators.top_k_renorm_probs_out(source.rows, source.indices, *k, out)
+    sampling_operator("top_k_renorm_probs", probs.device.type)(source.rows, source.indices, *k, out)
     return out
 
 
@@ -71,8 +70,7 @@ def top_p_renorm_probs(
     source = check_probs(probs, indices)
     p = check_share(top_p, "top_p", source)
     out = result(out, source, top_p=p.rows)
-    operators = sampling_operators(probs.device.type)
-    operators.top_p_renorm_probs_out(source.rows, source.indices, *p, out)
+    sampling_operator("top_p_renorm_probs", probs.device.type)(source.rows, source.indices, *p, out)
     return out
 
 
@@ -99,8 +97,7 @@ def top_k_top_p_renorm_probs(
     source = check_probs(probs, indices)
     k, p = check_top_k(top_k, source), check_share(top_p, "top_p", source)
     out = result(out, source, top_k=k.rows, top_p=p.rows)
-    operators = sampling_operators(probs.device.type)
-    operators.top_k_top_p_renorm_probs_out(source.rows, source.indices, *k, *p, out)
+    sampling_operator("top_k_top_p_renorm_probs", probs.device.type)(source.rows, source.indices, *k, *p, out)
     return out
 
 
@@ -129,6 +126,5 @@ def min_p_renorm_probs(
     source = check_probs(probs, indices)
     p = check_share(min_p, "min_p", source)
     out = result(out, source, min_p=p.rows)
-    operators = sampling_operators(probs.device.type)
-    operators.min_p_renorm_probs_out(source.rows, source.indices, *p, out)
+    sampling_operator("min_p_renorm_probs", probs.device.type)(source.rows, source.indices, *p, out)
     return out

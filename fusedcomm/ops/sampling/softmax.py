@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fusedcomm.ops.sampling.checks import check_logits, check_temperature, result
-from fusedcomm.ops.sampling.operators import sampling_operators
+from fusedcomm.ops.sampling.operators import sampling_operator
 
 
 def softmax_temperature(
@@ -43,6 +43,5 @@ def softmax_temperature(
     source = check_logits(logits, indices)
     t = check_temperature(temperature, source)
     out = result(out, source, temperature=t.rows)
-    operators = sampling_operators(logits.device.type)
-    operators.softmax_temperature_out(source.rows, source.indices, *t, out)
+    sampling_operator("softmax_temperature", logits.device.type)(source.rows, source.indices, *t, out)
     return out

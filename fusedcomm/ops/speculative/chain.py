@@ -7,10 +7,8 @@ import torch
 from fusedcomm.ops.attention.qk_checks import check_tensor
 from fusedcomm.ops.sampling.values import sees_values
 from fusedcomm.ops.speculative import checks, values
-from fusedcomm.ops.speculative.operators import speculative_operators
+from fusedcomm.ops.speculative.operators import speculative_operator
 from fusedcomm.ops.speculative.results import ChainSampling, ChainVerify
-
-_INTEGERS = (torch.int32, torch.int64)
 
 
 def chain_speculative_sampling(
@@ -48,7 +46,7 @@ def chain_speculative_sampling(
     checks.check_probs(draft_probs, "draft_probs", "b, n", 0)
     batch, num_drafts, vocab = draft_probs.shape
     device = draft_probs.device
-    check_tensor(draft_ids, "draft_ids", (batch, num_drafts), _INTEGERS, device)
+    check_tensor(draft_ids, "draft_ids", (batch, num_drafts), checks.INTEGERS, device)
     check_tensor(target_probs, "target_probs", (batch, num_drafts + 1, vocab), (torch.float32,), device)
     check_tensor(uniforms, "uniforms", (batch, num_drafts), (torch.float32,), device)
     check_tensor(final_uniforms, "final_uniforms", (batch,), (torch.float32,), device)
@@ -69,7 +67,7 @@ def chain_speculative_sampling(
     arguments = [t.contiguous() for t in read.values()]
     if sees_values(target_probs):
         values.check_chain(*arguments)
-    speculative_operators(device.type).chain_speculative_sampling_out(*arguments, *out)
+    speculative_operator("chain_speculative_sampling", device.type)(*arguments, *out)
     return out
 
 
@@ -125,7 +123,7 @@ def dflash_chain_verify(
     arguments, thresholds = [t.contiguous() for t in read.values()], (float(threshold_single), float(threshold_acc))
     if sees_values(target_probs):
         values.check_dflash(*arguments, threshold_single=thresholds[0], threshold_acc=thresholds[1])
-    speculative_operators(device.type).dflash_chain_verify_out(*arguments, *thresholds, *out)
+    speculative_operator("dflash_chain_verify", device.type)(*arguments, *thresholds, *out)
     return out
 
 
@@ -146,16 +144,13 @@ def greedy_chain_verify(
     Raises:
         ValueError: a bad argument, with what was expected; nothing has been written then.
     """
-    checks.check_dims(candidates, "candidates", "bs, D >= 1")
-    if candidates.shape[1] < 1:
-        raise ValueError(f"candidates: expected shape [bs, D >= 1], got {tuple(candidates.shape)}")
+    checks.check_candidates(candidates)
     device = candidates.device
-    check_tensor(candidates, "candidates", tuple(candidates.shape), _INTEGERS, device)
-    check_tensor(target_predict, "target_predict", tuple(candidates.shape), _INTEGERS, device)
+    check_tensor(target_predict, "target_predict", tuple(candidates.shape), checks.INTEGERS, device)
     read = {"candidates": candidates, "target_predict": target_predict}
     out = _verify_out(out, read)
     arguments = [t.contiguous() for t in read.values()]
-    speculative_operators(device.type).greedy_chain_verify_out(*arguments, *out)
+    speculative_operator("greedy_chain_verify", device.type)(*arguments, *out)
     return out
 
 

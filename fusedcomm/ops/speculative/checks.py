@@ -10,6 +10,8 @@ from fusedcomm.ops.attention.qk_checks import check_tensor
 from fusedcomm.ops.checks import check_apart, check_x
 from fusedcomm.ops.sampling.fixed_point import MAX_VOCAB
 
+INTEGERS = (torch.int32, torch.int64)
+
 
 def check_probs(probs: torch.Tensor, name: str, dims: str, least: int) -> None:
     """fp32 probabilities ``[b, n, V]``, n at least this, which the other arguments have to fit."""
@@ -17,6 +19,14 @@ def check_probs(probs: torch.Tensor, name: str, dims: str, least: int) -> None:
     if probs.dim() != 3 or probs.shape[1] < least or not 1 <= probs.shape[2] <= MAX_VOCAB:
         raise ValueError(f"{name}: expected shape [{dims}, V from 1 to {MAX_VOCAB}], got {tuple(probs.shape)}")
     check_tensor(probs, name, tuple(probs.shape), (torch.float32,), probs.device)
+
+
+def check_candidates(candidates: torch.Tensor) -> None:
+    """Ids ``[bs, D]``, int32 or int64, that nothing but ids has to fit."""
+    check_dims(candidates, "candidates", "bs, D >= 1")
+    if candidates.shape[1] < 1:
+        raise ValueError(f"candidates: expected shape [bs, D >= 1], got {tuple(candidates.shape)}")
+    check_tensor(candidates, "candidates", tuple(candidates.shape), INTEGERS, candidates.device)
 
 
 def check_written(

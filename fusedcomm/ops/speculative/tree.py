@@ -7,7 +7,7 @@ import torch
 from fusedcomm.ops.attention.qk_checks import check_tensor
 from fusedcomm.ops.sampling.values import sees_values
 from fusedcomm.ops.speculative import checks, values
-from fusedcomm.ops.speculative.operators import speculative_operators
+from fusedcomm.ops.speculative.operators import speculative_operator
 
 
 def tree_speculative_sampling_target_only(
@@ -102,10 +102,8 @@ def tree_speculative_sampling_target_only(
             threshold_single=thresholds[0],
             threshold_acc=thresholds[1],
         )
-    operators = speculative_operators(device.type)
-    operators.tree_speculative_sampling_target_only(
-        predicts, accept_index, accept_token_num, *arguments, draft_probs, *thresholds
-    )
+    operator = speculative_operator("tree_speculative_sampling_target_only", device.type)
+    operator(predicts, accept_index, accept_token_num, *arguments, draft_probs, *thresholds)
 
 
 def _check_mutated(

@@ -28,7 +28,6 @@ layouts = pytest.mark.parametrize("preshuffle", [False, True])
 def _fresh_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        monkeypatch.setitem(launched._POINTERS, I32, "*i32")
         yield
 
 

@@ -13,3 +13,10 @@ def ops(request: pytest.FixtureRequest) -> Iterator[SamplingOps]:
     """fusedcomm.ops.sampling on one backend: CPU tensors in and out."""
     with backends(request.param) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def interpreted_ops() -> Iterator[SamplingOps]:
+    """The same on Triton's interpreter; each call is one of the op, into a result that held something else."""
+    with backends("triton") as found:
+        yield found

@@ -10,7 +10,14 @@ import torch
 from speculative_bodies import MUTATED, Tree
 
 from fusedcomm.ops import speculative
-from fusedcomm.ops.speculative import operators
+from fusedcomm.ops.sampling import dispatch, operators
+
+OPS = (
+    "chain_speculative_sampling",
+    "dflash_chain_verify",
+    "greedy_chain_verify",
+    "tree_speculative_sampling_target_only",
+)
 
 
 def strided(t: torch.Tensor) -> torch.Tensor:
@@ -26,8 +33,8 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     def recorder(name: str) -> Any:
         return lambda *arguments: calls.__setitem__(name, arguments)
 
-    recorders = operators.SpeculativeOperators(*map(recorder, operators.SpeculativeOperators._fields))
-    monkeypatch.setattr(operators, "_operators", {"torch": recorders, "native": recorders})
+    monkeypatch.setattr(dispatch, "_chosen", {("cpu", op): "torch" for op in OPS})
+    monkeypatch.setattr(operators, "_operators", {("torch", op): recorder(op) for op in OPS})
     return calls
 
 
@@ -42,12 +49,12 @@ def test_operators_are_given_contiguous_tensors(given: dict[str, tuple[Any, ...]
     greedily = speculative.greedy_chain_verify(tree.candidates, strided(target.argmax(-1)))
     speculative.tree_speculative_sampling_target_only(*tree, 0, 1)
     want = {
-        "chain_speculative_sampling_out": (draft, ids, target, u[:, 1:], final, *sampled),
-        "dflash_chain_verify_out": (tree.candidates, target, u, final, 1.0, 0.5, *verified),
-        "greedy_chain_verify_out": (tree.candidates, target.argmax(-1), *greedily),
+        "chain_speculative_sampling": (draft, ids, target, u[:, 1:], final, *sampled),
+        "dflash_chain_verify": (tree.candidates, target, u, final, 1.0, 0.5, *verified),
+        "greedy_chain_verify": (tree.candidates, target.argmax(-1), *greedily),
         "tree_speculative_sampling_target_only": (*tree, 0.0, 1.0),
     }
-    assert set(given) == set(want) == set(operators.SpeculativeOperators._fields)
+    assert set(given) == set(want) == set(OPS)
     for name, arguments in want.items():
         for expected, got in zip(arguments, given[name], strict=True):
             assert type(got) is type(expected)
