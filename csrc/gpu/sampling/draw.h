@@ -63,7 +63,7 @@ __device__ inline void load_and_weigh(DrawMemory& memory, S& slice) {
   uint64_t sum = 0;
   slice.load([&](const auto& x) {
     for (const float v : x.v) {
-      largest = v > largest ? v : largest;
+      largest = larger(v, largest);
       sum += mass_of(v);
     }
   });
@@ -76,10 +76,10 @@ template <class S, class Emit>
 __device__ inline void draw_in_unit(const Team& team, DrawMemory& memory, S& slice, float largest, float u,
                                     const Emit& emit) {
   const float unit = unit_of(largest);
-  if (unit == 1.0f) return draw(team, memory.as_they_are, slice, [](float x) { return mass_of(x); }, u, emit);
-  const auto mass = [&](float x) { return mass_of(x * unit); };
-  (void)total_of(team, memory.in_unit, slice, mass);
-  draw(team, memory.in_unit, slice, mass, u, emit);
+  if (unit == 1.0f) return draw(team, memory.as_they_are, slice, MassOf(), u, emit);
+  slice.bring_to(unit);
+  (void)total_of(team, memory.in_unit, slice, MassOf());
+  draw(team, memory.in_unit, slice, MassOf(), u, emit);
 }
 
 template <class T>
@@ -96,14 +96,10 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 struct alignas(16) FilteredDrawMemory {
-  Largest largest;
-  Total kept, drawn;
-  SearchMemory<Counts> counts;
-  SearchMemory<Masses> masses;
+  TopKTopPMemory filters;
+  Total drawn;
 
-  __device__ void open(const Team& team) {
-    largest.open(team), kept.open(team), drawn.open(team), counts.open(team), masses.open(team);
-  }
+  __device__ void open(const Team& team) { filters.open(team), drawn.open(team); }
 };
 
 // Top-p is a share of what top-k keeps.
@@ -117,14 +113,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   Slice slice(team, RowReader<T, Probability>(rows, row), rows.vocab, room_for_slice(memory));
   const uint64_t aim = goal(at(top_p, row), 1.0f);
   const bool has_top_p = aim != kOutOfReach;
-  const Filter by_k =
-      top_k_filter(team, memory.largest, memory.counts, memory.kept, slice, at(top_k, row, rows.vocab), has_top_p);
-  Search<Masses> search_p(memory.masses);
+  Search<Counts> search_k(team, memory.filters.top_k.counts);
+  search_top_k(team, memory.filters.top_k, slice, search_k, at(top_k, row, rows.vocab), has_top_p);
+  const Filter by_k(search_k.threshold(),
+                    has_top_p ? divisor(mass_of_kept(team, memory.filters.top_k, slice, search_k)) : 1.0f);
+  Search<Masses> search_p(team, memory.filters.masses);
   search_p.aim_at(aim);
   if (!has_top_p) search_p.skip();
-  search(team, mapped(slice, by_k), search_p);
+  search_of_kept(team, memory.filters.top_k.candidates, slice, by_k, search_k, search_p);
   const float threshold = search_p.threshold();
-  const auto mass = [&](float x) { return threshold == 0.0f || by_k(x) >= threshold ? by_k.mass(x) : 0; };
+  const auto mass = [&](float y) { return threshold == 0.0f || by_k(y) >= threshold ? by_k.mass(y) : 0; };
   (void)total_of(team, memory.drawn, slice, mass);
   draw(team, memory.drawn, slice, mass, uniforms[row], [&](int token) { out[row] = token; });
 }
@@ -140,16 +138,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   Slice slice(team, RowReader<T, Probability>(rows, row), rows.vocab, room_for_slice(memory));
   const int k = at(top_k, row, rows.vocab);
   const float p = at(top_p, row);
-  Search<Counts> search_k(memory.counts);
-  Search<Masses> search_p(memory.masses);
+  Search<Counts, false> search_k(team, memory.filters.top_k.counts);
+  Search<Masses, false> search_p(team, memory.filters.masses);
   search_k.aim_at(uint64_t(k));
   if (k == 0) search_k.skip();
-  const float unit =
-      open(team, memory.largest, slice, [&](float c) { search_p.aim_at(goal(p, c)); }, search_k, search_p);
-  search(team, mapped(slice, InUnit{unit}), search_k, search_p);
+  begin_top_p(search_p, p, rows.vocab);
+  open(team, memory.filters.top_k.largest, slice, [&](float c) { search_p.aim_at(goal(p, c)); }, search_k, search_p);
+  search(team, values_of(slice), search_k, search_p);
   const float by_k = search_k.threshold(), by_p = search_p.threshold();
-  const Filter both = {unit, by_k > by_p ? by_k : by_p, 1.0f};
-  const auto mass = [&](float x) { return both.mass(x); };
+  const Filter both(larger(by_k, by_p));
+  const auto mass = [&](float y) { return both.mass(y); };
   (void)total_of(team, memory.drawn, slice, mass);
   draw(team, memory.drawn, slice, mass, uniforms[row], [&](int token) { out[row] = token; });
 }

@@ -14,12 +14,10 @@ constexpr int kExponentBias = 127;
 constexpr int kMantissaBits = 23;
 constexpr uint64_t kOutOfReach = (uint64_t(1) << 63) - 1;
 
-// Values as they count. A probability that is NaN or not above 0 is 0.
+// Values as they count, but for their unit. A probability that is NaN or not above 0 is 0.
 struct Probability {
-  __device__ static float of(float x) {
-    const float positive = x > 0.0f ? x : 0.0f;
-    return positive < kLargestProbability ? positive : kLargestProbability;
-  }
+  __device__ static float of(float x) { return x > 0.0f ? x : 0.0f; }
+  __device__ static float in_unit(float x, float unit) { return smaller(x, kLargestProbability) * unit; }
 };
 
 // A logit that is NaN is -inf.
@@ -28,11 +26,12 @@ struct Logit {
     const float known = x > -INFINITY ? x : -INFINITY;
     return known < kLargestFloat ? known : kLargestFloat;
   }
+  __device__ static float in_unit(float x, float) { return x; }
 };
 
 // c of a row whose largest value this is.
 __device__ inline float unit_of(float largest) {
-  const int biased = int(__float_as_uint(largest) >> kMantissaBits);
+  const int biased = int(__float_as_uint(smaller(largest, kLargestProbability)) >> kMantissaBits);
   const int exponent = (biased > 1 ? biased : 1) - kExponentBias;
   const bool ordinary = exponent >= kSmallestExponent && exponent <= 0;
   return ordinary ? 1.0f : __uint_as_float(uint32_t(kExponentBias - exponent) << kMantissaBits);
@@ -51,6 +50,10 @@ __device__ inline uint64_t mass_of(float y) {
   const uint32_t q = round_to_integer(y * 0x1p44f);
   return y > 0.0f && q == 0 ? 1 : q;
 }
+
+struct MassOf {
+  __device__ uint64_t operator()(float y) const { return mass_of(y); }
+};
 
 // m of a sum of masses; 1 where there is none, which turns 0 / m to 0.
 __device__ inline float divisor(uint64_t mass) { return mass > 0 ? float(mass) * 0x1p-44f : 1.0f; }

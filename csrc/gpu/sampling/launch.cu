@@ -11,6 +11,7 @@ constexpr int kFewestElements = 2048;  // of a block that shares a row: fewer ar
 constexpr int kElementsOfThread = 8;   // where a multiprocessor has one block
 constexpr int kThreads = 512;          // of a block, where a multiprocessor has several
 constexpr int kBlocksOfSm = 2;
+constexpr double kUsable = 0.9;  // of the multiprocessors, where those of a cluster have to be neighbours
 
 }  // namespace
 
@@ -56,7 +57,7 @@ Layout layout_of(const Device& device, int64_t rows, int32_t vocab, int64_t memo
     layout.blocks *= 2;
   }
   if (device.blocks > 0) layout.blocks = device.blocks;
-  const bool is_alone = rows * layout.blocks <= device.num_sms;
+  const bool is_alone = double(rows * layout.blocks) <= kUsable * device.num_sms;
   const int wanted = elements_of_block(vocab, layout.blocks) / kElementsOfThread;
   const int most = is_alone ? kMaxThreads : kThreads;
   layout.threads = std::clamp((wanted + kWarpSize - 1) / kWarpSize * kWarpSize, 2 * kWarpSize, most);

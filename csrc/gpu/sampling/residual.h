@@ -10,6 +10,8 @@ __device__ inline bool is_inside(int64_t index, int64_t size) { return index >= 
 // What the target has over the draft: Probability::of(target - draft).
 class Difference {
  public:
+  using Meaning = Probability;
+
   // draft may be null.
   __device__ Difference(const float* target, const float* draft) : target_(target), draft_(draft) {}
 
@@ -40,6 +42,8 @@ class Difference {
 // The target without one token.
 class Without {
  public:
+  using Meaning = Probability;
+
   // Any token; one outside of the row leaves all in.
   __device__ Without(const float* target, int64_t token, int vocab)
       : target_(target), token_(is_inside(token, vocab) ? int(token) : -1) {}

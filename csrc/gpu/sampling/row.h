@@ -26,41 +26,40 @@ __device__ inline float* room_for_slice(Memory& memory) {
   return reinterpret_cast<float*>(&memory + 1);
 }
 
-struct InUnit {
-  float unit;
-  __device__ float operator()(float x) const { return x * unit; }
-};
-
-// The values of a slice through a function, as search() takes them.
+// The values of a slice, as search() takes them; and through a function.
+template <class S>
+__device__ inline auto values_of(S& slice) {
+  return [&](const auto& f) { slice.each(f); };
+}
 template <class S, class Map>
 __device__ inline auto mapped(S& slice, const Map& map) {
   return [&](const auto& f) { slice.each([&](const auto& x) { f(x.map(map)); }); };
 }
 
-// Loads the slice, lets the team meet, and makes the first round of the searches. Returns the unit of the row, which is
-// 1 for almost all: so values are taken for y while the largest is still being looked for, and once more if it was not.
-// Aims depend on the unit: aim(unit) sets them.
+// Loads the slice, lets the team meet, and makes the first round of the searches. The unit of almost all rows is 1: so
+// values are taken for y while the largest is still being looked for, and once more if it was not. Aims depend on the
+// unit: aim(unit) sets them.
 template <class S, class Aim, class... Searches>
-__device__ inline float open(const Team& team, Largest& largest, S& slice, const Aim& aim, Searches&... searches) {
+__device__ inline void open(const Team& team, Largest& largest, S& slice, const Aim& aim, Searches&... searches) {
   float largest_of_thread = 0.0f;
   slice.load([&](const auto& x) {
-    for (const float v : x.v) largest_of_thread = v > largest_of_thread ? v : largest_of_thread;
+    for (const float v : x.v) largest_of_thread = larger(v, largest_of_thread);
     (searches.add(x), ...);
   });
   largest.note(largest_of_thread);
   team.meet();
   share(team, largest, searches...);
   const float unit = unit_of(largest.of(team));
+  slice.bring_to(unit);
   aim(unit);
   if constexpr (sizeof...(searches) > 0) {
     if (unit != 1.0f) {
       restart(team, searches...);
-      mapped(slice, InUnit{unit})([&](const auto& y) { (searches.add(y), ...); });
+      slice.each([&](const auto& y) { (searches.add(y), ...); });
       share(team, searches...);
     }
     settle(team, searches...);
   }
-  return unit;
 }
 
 // Of mass(x) over the row.

@@ -36,6 +36,11 @@ __device__ inline void load_quad(const float* p, float (&x)[kQuad]) {
   Io<float>::unpack(v, x);
 }
 
+// A type of the compiler's own: of a struct it may make four stores.
+__device__ inline void store_quad(float* p, const float (&x)[kQuad]) {
+  *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
+}
+
 struct alignas(8) HalfVec {
   uint32_t w[2];
 };
@@ -70,9 +75,11 @@ struct Values {
 };
 
 // The values of a row, as they count.
-template <class T, class Meaning>
+template <class T, class M>
 class RowReader {
  public:
+  using Meaning = M;
+
   __device__ RowReader(const Rows& rows, int64_t row) {
     int64_t at_row = row;
     if (rows.indices.data != nullptr) {
@@ -123,40 +130,45 @@ class Slice {
 
   __device__ Reader& reader() { return reader_; }
 
+  // From here on values are those of load() in this unit of the row. After a barrier behind load().
+  __device__ void bring_to(float unit) {
+    unit_ = unit;
+    if (!kHasClusters || unit == 1.0f) return;
+    replace([&](float x) { return Reader::Meaning::in_unit(x, unit); }, [](const auto&) {});
+  }
+
+  // Calls f(values) for all values map(x), which take the place of x where values are kept. After a barrier behind
+  // load().
+  template <class Map, class F>
+  __device__ void replace(const Map& map, const F& f) {
+    if constexpr (kHasClusters) {
+      const int whole = run_.end - (run_.end - run_.begin) % kQuad;
+#pragma unroll 2
+      for (int i = run_.begin + kQuad * lane(); i < whole; i += kQuad * kWarpSize) {
+        Values<kQuad> x;
+        load_quad(kept_ + (i - first_), x.v);
+        x = x.map(map);
+        store_quad(kept_ + (i - first_), x.v);
+        f(x);
+      }
+      const int i = whole + lane();
+      if (i < run_.end) f(Values<1>{kept_[i - first_] = map(kept_[i - first_])});
+    } else {
+      each([&](const auto& x) { f(x.map(map)); });
+    }
+  }
+
   // What this warp has. f() is called for all of it by its lanes.
   __device__ const Run& run() const { return run_; }
 
   __device__ float at(int i) const {
     if constexpr (kHasClusters) return kept_[i - first_];
-    return reader_.one(i);
+    return Reader::Meaning::in_unit(reader_.one(i), unit_);
   }
 
   template <class F>
   __device__ void load(const F& f) {
-    const int end = run_.end;
-    if (!reader_.has_quads()) {
-#pragma unroll 4
-      for (int i = run_.begin + lane(); i < end; i += kWarpSize) f(take(i));
-      return;
-    }
-    constexpr int kStep = kQuad * kWarpSize;      // from a quad of a thread to its next one
-    constexpr int kBatch = kHasClusters ? 4 : 2;  // quads in flight
-    const int whole = end - (end - run_.begin) % kQuad;
-#pragma unroll 1
-    for (int first = run_.begin + kQuad * lane(); first < whole; first += kBatch * kStep) {
-      Values<kQuad> x[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j * kStep < whole) reader_.quad(first + j * kStep, x[j].v);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        if (first + j * kStep >= whole) continue;
-        keep(first + j * kStep, x[j]);
-        f(x[j]);
-      }
-    }
-    if (whole + lane() < end) f(take(whole + lane()));
+    read(f, [](float x) { return x; });
   }
 
   template <class F>
@@ -171,37 +183,63 @@ class Slice {
       }
       if (whole + lane() < run_.end) f(Values<1>{kept_[whole + lane() - first_]});
     } else {
-      load(f);
+      read(f, [&](float x) { return Reader::Meaning::in_unit(x, unit_); });
     }
   }
 
-  // row[i] = f(value of i, i), after a barrier behind load().
+  // row[i…] = f(values, i) for all values, i being the place of the first; after a barrier behind load().
   template <class F>
   __device__ void write(float* row, const F& f) const {
     const int end = run_.end;
     if (!has_quads(row) || !(kHasClusters || reader_.has_quads())) {
 #pragma unroll 4
-      for (int i = run_.begin + lane(); i < end; i += kWarpSize) row[i] = f(at(i), i);
+      for (int i = run_.begin + lane(); i < end; i += kWarpSize) row[i] = f(Values<1>{at(i)}, i).v[0];
       return;
     }
     const int whole = end - (end - run_.begin) % kQuad;
 #pragma unroll 1
     for (int i = run_.begin + kQuad * lane(); i < whole; i += kQuad * kWarpSize) {
-      float x[kQuad];
+      Values<kQuad> x;
       if constexpr (kHasClusters) {
-        load_quad(kept_ + (i - first_), x);
+        load_quad(kept_ + (i - first_), x.v);
       } else {
-        reader_.quad(i, x);
+        reader_.quad(i, x.v);
+        x = x.map([&](float v) { return Reader::Meaning::in_unit(v, unit_); });
       }
-#pragma unroll
-      for (int e = 0; e < kQuad; ++e) x[e] = f(x[e], i + e);
-      *reinterpret_cast<Vec*>(row + i) = Io<float>::pack(x);
+      store_quad(row + i, f(x, i).v);
     }
     const int i = whole + lane();
-    if (i < end) row[i] = f(at(i), i);
+    if (i < end) row[i] = f(Values<1>{at(i)}, i).v[0];
   }
 
  private:
+  // f(meaning(values)) for all values of the slice, from memory.
+  template <class F, class Map>
+  __device__ void read(const F& f, const Map& meaning) {
+    const int end = run_.end;
+    if (!reader_.has_quads()) {
+#pragma unroll 4
+      for (int i = run_.begin + lane(); i < end; i += kWarpSize) f(take(i).map(meaning));
+      return;
+    }
+    constexpr int kStep = kQuad * kWarpSize;      // from a quad of a thread to its next one
+    constexpr int kBatch = kHasClusters ? 4 : 2;  // quads in flight
+    const int whole = end - (end - run_.begin) % kQuad;
+#pragma unroll 1
+    for (int first = run_.begin + kQuad * lane(); first < whole; first += kBatch * kStep) {
+      Values<kQuad> x[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) reader_.quad(min(first + j * kStep, whole - kQuad), x[j].v);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (first + j * kStep >= whole) continue;
+        keep(first + j * kStep, x[j]);
+        f(x[j].map(meaning));
+      }
+    }
+    if (whole + lane() < end) f(take(whole + lane()).map(meaning));
+  }
+
   __device__ Values<1> take(int i) {
     const Values<1> x = {reader_.one(i)};
     if constexpr (kHasClusters) kept_[i - first_] = x.v[0];
@@ -209,13 +247,14 @@ class Slice {
   }
 
   __device__ void keep(int i, const Values<kQuad>& x) {
-    if constexpr (kHasClusters) *reinterpret_cast<Vec*>(kept_ + (i - first_)) = Io<float>::pack(x.v);
+    if constexpr (kHasClusters) store_quad(kept_ + (i - first_), x.v);
   }
 
   Reader reader_;
   float* kept_;
   int first_;
   Run run_;
+  float unit_ = 1.0f;
 };
 
 }  // namespace fusedcomm::gpu::sampling

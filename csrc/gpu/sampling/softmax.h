@@ -16,6 +16,16 @@ struct alignas(16) SoftmaxMemory {
 constexpr float kSmallestTemperature = 0x1p-126f;
 constexpr float kLargestTemperature = 0x1p126f;
 
+// exp((x - largest) / t), 0 for -inf. A product with 1 / t takes the place of the quotient: both are rounded.
+class Weight {
+ public:
+  __device__ Weight(float largest, float t) : largest_(largest), inverse_(reciprocal(t)) {}
+  __device__ float operator()(float x) const { return x > -INFINITY ? expf((x - largest_) * inverse_) : 0.0f; }
+
+ private:
+  float largest_, inverse_;
+};
+
 // Where the largest value comes first.
 template <class S>
 __device__ inline int first_place(const Team& team, LargestKey& first, const S& slice, float largest) {
@@ -38,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   Slice slice(team, RowReader<T, Logit>(rows, row), rows.vocab, room_for_slice(memory));
   float largest_of_thread = -INFINITY;
   slice.load([&](const auto& x) {
-    for (const float v : x.v) largest_of_thread = v > largest_of_thread ? v : largest_of_thread;
+    for (const float v : x.v) largest_of_thread = larger(v, largest_of_thread);
   });
   memory.largest.note(largest_of_thread);
   team.meet();
@@ -48,12 +58,23 @@ __global__ void __launch_bounds__(kMaxThreads)
   float* const to = out + row * rows.vocab;
   if (given >= kSmallestTemperature) {
     const float t = given < kLargestTemperature ? given : kLargestTemperature;
-    const auto weight = [&](float x) { return x > -INFINITY ? expf(divide(x - largest, t)) : 0.0f; };
-    const float m = divisor(total_of(team, memory.total, slice, [&](float x) { return mass_of(weight(x)); }));
-    slice.write(to, [&](float x, int) { return divide(weight(x), m); });
+    const Weight weight(largest, t);
+    uint64_t sum = 0;
+    slice.replace(weight, [&](const auto& w) {
+      for (const float v : w.v) sum += mass_of(v);
+    });
+    memory.total.note(sum);
+    share(team, memory.total);
+    const float inverse = reciprocal(divisor(memory.total.of(team).all));
+    slice.write(to, [&](const auto& x, int) {
+      return x.map([&](float v) { return (kHasClusters ? v : weight(v)) * inverse; });
+    });
   } else {
     const int chosen = first_place(team, memory.first, slice, largest);
-    slice.write(to, [&](float x, int i) { return i == chosen && x > -INFINITY ? 1.0f : 0.0f; });
+    slice.write(to, [&](const auto& x, int i) {
+      auto at = i;
+      return x.map([&](float v) { return at++ == chosen && v > -INFINITY ? 1.0f : 0.0f; });
+    });
   }
 }
 

@@ -154,10 +154,11 @@ __device__ inline V sum_up_to_lane(V v) {
   return v;
 }
 
-__device__ inline float max_of_warp(float v) {
+template <class V>
+__device__ inline V max_of_warp(V v) {
 #pragma unroll
   for (int mask = 1; mask < kWarpSize; mask *= 2) {
-    const float other = shuffle_xor(v, mask);
+    const V other = shuffle_xor(v, mask);
     v = other > v ? other : v;
   }
   return v;
@@ -175,6 +176,10 @@ class Inbox {
     expect(team);
   }
 
+  // By a warp, for this block alone.
+  __device__ void keep(const Team& team, int slot, V v) {
+    if (lane() == 0) slots_[team.rank()][slot] = v;
+  }
   // By a warp; v is the same in all of its lanes.
   __device__ void send(const Team& team, int slot, V v) {
     if (lane() < team.size()) team.send(&slots_[team.rank()][slot], v, &signal_, lane());
