@@ -40,7 +40,6 @@ class alignas(16) Counts {
     }
   }
   __device__ uint64_t in_bin(const Range&, int bin) const { return counts_[bin]; }
-  __device__ uint32_t num_in_bin(int bin) const { return counts_[bin]; }
 
   // Whether everything in a bin is needed to reach what is left of the aim.
   __device__ static bool takes_all(uint64_t in_bin, uint64_t left, float) { return in_bin == left; }
@@ -93,7 +92,6 @@ class alignas(16) SliceMasses : public MassBins {
     const uint32_t shift = upper_end < kLow ? 0 : (upper_end - kLow) >> kMantissaBits;
     return counts_[bin] * mass_of(__uint_as_float(upper_end)) - (rest << shift);
   }
-  __device__ uint32_t num_in_bin(int bin) const { return counts_[bin]; }
 
  private:
   static_assert(!kHasClusters || ((int64_t(fusedcomm::sampling::kMaxVocab) / kMaxTeam / 2) << 18) - 1 <= UINT32_MAX,

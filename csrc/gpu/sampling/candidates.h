@@ -8,8 +8,7 @@ namespace fusedcomm::gpu::sampling {
 
 constexpr int kMostCandidates = 1024;
 
-// In shared memory, cleared at the start. It is used once, by all threads: collect(), exchange(). What is announced has
-// to be exchanged, for a block leaves only when it has all that it is sent.
+// In shared memory, cleared at the start. It is used once, by all threads: collect(), exchange().
 class alignas(16) Candidates {
  public:
   __device__ void open(const Team& team) {
@@ -20,11 +19,8 @@ class alignas(16) Candidates {
   // Into the block's own list, of kMostCandidates.
   __device__ void collect(float* own, float v) { own[atomicAdd(&num_own_, 1)] = v; }
 
-  // By a warp of each block of a team, before exchange(): how many this one will collect.
-  __device__ void announce(const Team& team, uint32_t num_own) { counts_.send(team, 0, num_own); }
-
-  // Every block's own list to all blocks, which have no more than kMostCandidates together. Afterwards the block's own list
-  // is not needed any more; a barrier has to follow.
+  // Every block's own list to all blocks, which have no more than kMostCandidates together. Afterwards the block's own
+  // list is not needed any more; a barrier has to follow.
   __device__ void exchange(const Team& team, const float* own) {
     __syncthreads();
     const int num_own = num_own_;
@@ -34,6 +30,7 @@ class alignas(16) Candidates {
       __syncthreads();
       return;
     }
+    if (warp() == 0) counts_.send(team, 0, uint32_t(num_own));
     counts_.wait(team, 0);
     int before = 0, all = 0;
 #pragma unroll

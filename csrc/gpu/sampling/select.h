@@ -104,8 +104,8 @@ class Search {
   __device__ void finish_if_few() {
     if (is_done() || !has_candidates() || list_->size() > Bins::kFew) return;
     struct Room {
-      uint64_t masses[Bins::kFew], masses_up_to[Bins::kFew], mass;
-      uint32_t counts_up_to[Bins::kFew], count, best;
+      uint64_t masses[Bins::kFew], masses_up_to[Bins::kFew];
+      uint32_t counts_up_to[Bins::kFew], best, place;
     };
     static_assert(sizeof(Room) <= sizeof(memory_.bins), "in place of the bins");
     Room& room = reinterpret_cast<Room&>(memory_.bins);
@@ -145,13 +145,11 @@ class Search {
     for (int i = int(threadIdx.x); i < num; i += int(blockDim.x)) {
       const bool is_last =
           threshold > 0 ? __float_as_uint(list[i]) == threshold : room.counts_up_to[i] == uint32_t(num);
-      if (!is_last) continue;
-      room.mass = room.masses_up_to[i];
-      room.count = room.counts_up_to[i];
+      if (is_last) atomicMax(&room.place, uint32_t(i));
     }
     __syncthreads();
-    mass_ = room.mass;
-    above_ = sum_of(mass_, room.count);
+    mass_ = room.masses_up_to[room.place];
+    above_ = sum_of(mass_, room.counts_up_to[room.place]);
     finish(threshold);
   }
   // The mass of what is kept, if the search ended among candidates and they are all of it; 0: ask elsewhere.
@@ -200,15 +198,6 @@ class Search {
                     Bins::are_few(found.above, found.in_bin, lower_end, most_candidates_) &&
                     (!found.is_last || lists_if_done_);
     if (lane() == 0) memory_.found = found;
-    if constexpr (kHasClusters && kLists) {
-      if (!found.has_few || team.is_alone()) return;
-      uint64_t num_own = lane() == found_by ? bins().num_in_bin(bin) : 0;
-      if (Bins::kTakesAbove) {
-        if (lane() < found_by) num_own = bins().num_in_bin(bin);
-        if (lane() < group) num_own += memory_.groups[round_ % 2].from(team.rank(), lane());
-      }
-      room_->announce(team, sum_of_warp(uint32_t(num_own)));
-    }
   }
 
   // Takes what locate() has found, after a barrier.
@@ -347,6 +336,7 @@ __device__ inline void search(const Team& team, const Each& each, Searches&... s
     if ((searches.needs_row() || ...)) each([&](const auto& y) { (searches.add_of_row(y), ...); });
     (searches.add_candidates(), ...);
     share(team, searches...);
+    if ((searches.has_candidates() || ...)) __syncthreads();  // what a block keeps to itself, nothing waits for
     settle(team, searches...);
   }
 }
