@@ -18,7 +18,7 @@ COMMANDS = {
     "doctor": ("fusedcomm.cli.doctor", "say what is here, and test it on real ranks"),
     "explain": ("fusedcomm.cli.explain", "say what a collective or a sampling op runs on, and why not faster"),
     "generate": ("fusedcomm.cli.generate", "decode a prompt with a model over several ranks"),
-    "bench": ("fusedcomm.cli.bench.command", "measure collectives, a decode step or attention ops"),
+    "bench": ("fusedcomm.cli.bench.command", "measure collectives, a decode step, attention or sampling ops"),
 }
 
 

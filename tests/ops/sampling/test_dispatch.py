@@ -18,10 +18,17 @@ from fusedcomm.errors import SettingError
 from fusedcomm.ops import sampling, speculative
 from fusedcomm.ops.sampling import aiter, dispatch, operators
 from fusedcomm.ops.sampling.dispatch import sampling_backend
-from fusedcomm.ops.sampling.plan import BACKENDS, OPERATORS, choose_sampling_backend, explain_choice
+from fusedcomm.ops.sampling.plan import (
+    AS_GOOD_IN_TRITON,
+    BACKENDS,
+    OPERATORS,
+    choose_sampling_backend,
+    explain_choice,
+)
 from fusedcomm.platform import DeviceFacts
 
-OP = "top_p_renorm_probs"
+OP = "chain_speculative_sampling"
+FILTER = "top_p_renorm_probs"  # for which Triton has to be asked
 
 
 class Machine:
@@ -71,6 +78,25 @@ def test_the_rule(device_type: str, settings: dict[str, Any], can: list[str], ch
     machine = Machine(can)
     assert choose_sampling_backend(Settings(**settings), OP, device_type, machine.why_not) == chosen
     assert explain_choice(Settings(**settings), OP, device_type, machine.why_not).backend == chosen
+
+
+@pytest.mark.parametrize(
+    ("settings", "can", "chosen"),
+    [
+        ({}, ["native", "triton"], "native"),
+        ({}, ["triton"], "torch"),
+        ({"backend": "triton"}, ["native", "triton"], "triton"),
+        ({"backend": "aiter"}, ["triton"], "torch"),
+    ],
+)
+def test_the_rule_for_filters(settings: dict[str, Any], can: list[str], chosen: str) -> None:
+    """And for what draws: on a GPU Triton has to be asked for."""
+    for op in OPERATORS.keys() - AS_GOOD_IN_TRITON:
+        assert choose_sampling_backend(Settings(**settings), op, "cuda", Machine(can).why_not) == chosen
+        plan = explain_choice(Settings(**settings), op, "cuda", Machine(can).why_not)
+        assert plan.backend == chosen
+        if chosen in ("native", "torch"):
+            assert "FUSEDCOMM_BACKEND=triton has to ask for it" in plan.reasons["triton"]
 
 
 @pytest.mark.parametrize(
@@ -205,11 +231,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_each_op_goes_its_own_way(gpu: SimpleNamespace) -> None:
     """Without a compiled library Triton serves the ops that it has, torch the others."""
-    gpu.registered = ["top_p_renorm_probs_out", "tree_speculative_sampling_target_only"]
+    gpu.registered = ["chain_speculative_sampling_out", "top_p_renorm_probs_out"]
     chosen = {op: sampling_backend("cuda", op) for op in OPERATORS}
-    triton = {OP, "tree_speculative_sampling_target_only"}
-    assert chosen == {op: "triton" if op in triton else "torch" for op in OPERATORS}
-    assert "no Triton kernel" in sampling.explain("sampling_from_probs", "cuda").reasons["triton"]
+    assert chosen == {op: "triton" if op == OP else "torch" for op in OPERATORS}
+    assert "no Triton kernel" in sampling.explain("greedy_chain_verify", "cuda").reasons["triton"]
 
 
 def test_without_triton(gpu: SimpleNamespace) -> None:
@@ -226,7 +251,7 @@ def test_without_triton(gpu: SimpleNamespace) -> None:
 def test_triton_forced_where_it_lacks_the_op(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDCOMM_BACKEND", "triton")
     gpu.registered, gpu.native = ["top_p_renorm_probs_out"], object()
-    assert sampling_backend("cuda", OP) == "triton"
+    assert sampling_backend("cuda", FILTER) == "triton"
     message = "expected torch or native for greedy_chain_verify on cuda here, got 'triton': it has no Triton kernel"
     with pytest.raises(SettingError, match=message):
         sampling_backend("cuda", "greedy_chain_verify")
@@ -259,7 +284,7 @@ def test_aiter_is_not_looked_for_where_it_may_not_serve(
 
 
 def test_it_is_decided_once(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu.registered = ["top_p_renorm_probs_out"]
+    gpu.registered = ["chain_speculative_sampling_out"]
     assert sampling_backend("cuda", OP) == "triton"
     monkeypatch.setattr(dispatch, "choose_sampling_backend", lambda *arguments: pytest.fail("decided again"))
     monkeypatch.setenv("FUSEDCOMM_BACKEND", "torch")
@@ -314,7 +339,7 @@ print(sampling.explain("top_p_renorm_probs", "cpu"))
 """
     result = run(program, os.environ | {"FUSEDCOMM_BACKEND": "triton", "TRITON_INTERPRET": "1"})
     assert result.returncode == 0, result.stderr
-    assert f"{OP}: triton   <- taken" in result.stdout
+    assert f"{FILTER}: triton   <- taken" in result.stdout
 
 
 def test_a_new_choice_is_a_new_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,8 +347,8 @@ def test_a_new_choice_is_a_new_operator(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(operators, "_operators", {})
     for _ in range(2):
         for backend in ("torch", *(["native"] if native.load() is not None else [])):
-            monkeypatch.setattr(dispatch, "_chosen", {("cpu", OP): backend})
-            found = operators.sampling_operator(OP, "cpu")
+            monkeypatch.setattr(dispatch, "_chosen", {("cpu", FILTER): backend})
+            found = operators.sampling_operator(FILTER, "cpu")
             assert (found.__module__ == "fusedcomm.ops.sampling.reference") is (backend == "torch")
 
 
@@ -339,4 +364,4 @@ def test_fullgraph_from_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     compiled = torch.compile(body, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(probs), body(probs))
-    assert set(dispatch._chosen) == {("cpu", "top_k_renorm_probs"), ("cpu", OP)}
+    assert set(dispatch._chosen) == {("cpu", "top_k_renorm_probs"), ("cpu", FILTER)}
