@@ -1,10 +1,11 @@
-"""Every rank of a tensor-parallel group chooses the same tokens, without telling the others."""
+"""Every rank of a group chooses the same tokens and accepts the same drafts, without telling the others."""
 
 from __future__ import annotations
 
 import torch
 from harness import RankPool
 from sampling_bodies import rows
+from speculative_bodies import everything, everything_arguments
 
 from fusedcomm.ops import sampling
 
@@ -26,6 +27,22 @@ def choose(seed: int) -> list[list[int]]:
         return tokens
     finally:
         torch.set_num_threads(threads)
+
+
+def verify(seed: int) -> list[bytes]:
+    """Results of all ops of verification, on as many threads as choose() has."""
+    rank, threads = torch.distributed.get_rank(), torch.get_num_threads()
+    torch.set_num_threads(1 + rank)
+    try:
+        return [result.numpy().tobytes() for result in everything(*everything_arguments(64, seed))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_ranks_accept_the_same_drafts(ranks: RankPool) -> None:
+    first, second = ranks(2).run(verify, 17)
+    assert first == second
+    assert ranks(2).run(verify, 18)[0] != first
 
 
 def test_ranks_choose_the_same_tokens(ranks: RankPool) -> None:

@@ -17,14 +17,13 @@ struct Found {
   uint64_t in_bin;  // the sum of that bin
   int bin;          // -1: the aim is not reached
   bool is_last;     // the threshold is the lower end of the bin
-  bool has_few;     // candidates, at most
+  bool has_few;     // what may be the threshold is to be listed
 };
 
 // In shared memory, cleared at the start. What blocks send to each other in rounds that follow each other:
 //
 // - sums of groups go to two inboxes in turn: whoever sends those of round n + 2 has all of round n + 1, and every
-// block
-//   sends these after it has read those of round n;
+//   block sends these after it has read those of round n;
 // - bins go to one: whoever sends those of a round has all groups of that round, and every block sends these after it
 //   has read the bins of the round before.
 template <class Bins>
