@@ -33,7 +33,8 @@ int dflash_chain_verify(const BlockArguments& arguments, int device, void* strea
 int greedy_chain_verify(const GreedyArguments& arguments, int device, void* stream);
 int tree_speculative_sampling(const TreeArguments& arguments, int device, void* stream);
 
-// For measurements: blocks that share a row, and their threads, on a device from now on; 0: by the rule.
+// For measurements: blocks that share a row, and their threads, on a device from now on; 0: by the rule. An even number
+// of warps for slices of more than 16,384 elements; so few blocks that they could not keep a row are not taken.
 void set_team(int device, int blocks, int threads);
 
 }  // namespace fusedcomm::gpu::sampling

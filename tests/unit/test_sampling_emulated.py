@@ -148,6 +148,14 @@ def test_rounds_before_candidates_are_listed(case: Case, vocab: int) -> None:
     filter_and_sample(*case, 1, vocab)
 
 
+def test_slices_as_long_as_masses_add_up() -> None:
+    """What 40,000 values at a power of two miss to the upper end of their bin would not fit into 32 bits."""
+    gpu = EmulatedGpu(built("sm_90"))
+    gpu.schedule = Schedule(seed=1, accesses_between_switches=100, blocks=1, threads=128)
+    probs = 2.0**-16 * torch.cat([torch.ones(40_000), torch.linspace(0.3, 0.5, 8_000)]).unsqueeze(0)
+    check(gpu, sampling, "top_p_renorm_probs_out", probs, None, None, 0.64, torch.full_like(probs, torch.nan))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_softmax(case: Case, dtype: torch.dtype) -> None:
     gpu, rng = case

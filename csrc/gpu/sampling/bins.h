@@ -52,7 +52,7 @@ class alignas(16) Counts {
   static constexpr uint32_t kLow = 0x30000000u;  // 2^-31
 
  private:
-  uint32_t counts_[kAllBins];
+  uint32_t counts_[kBins];
 };
 
 // What both kinds of masses have.
@@ -94,8 +94,7 @@ class alignas(16) SliceMasses : public MassBins {
   }
 
  private:
-  static_assert(!kHasClusters || ((int64_t(fusedcomm::sampling::kMaxVocab) / kMaxTeam / 2) << 18) - 1 <= UINT32_MAX,
-                "rests, of 18 bits at most, add up to less than 2^32");
+  static_assert((int64_t(kMostElements / 2) << 18) - 1 <= UINT32_MAX, "rests, of 18 bits, add up to less than 2^32");
 
   template <int kCount, class RestOf>
   __device__ void add_rests(const Range& range, const Values<kCount>& y, const RestOf& rest_of) {

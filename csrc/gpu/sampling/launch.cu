@@ -37,6 +37,9 @@ void set_team(int device, int blocks, int threads) {
   facts->threads = threads;
 }
 
+static_assert(!kHasClusters || elements_of_block(fusedcomm::sampling::kMaxVocab, kMaxTeam) <= kMostElements,
+              "every row can be kept");
+
 // A row is spread over as many blocks as find room on the GPU at once, and over as many as let each keep its slice. A
 // multiprocessor that has several rows has two blocks, so that one computes while the other waits.
 Layout layout_of(const Device& device, int64_t rows, int32_t vocab, int64_t memory_bytes, int64_t least_bytes) {
@@ -52,11 +55,12 @@ Layout layout_of(const Device& device, int64_t rows, int32_t vocab, int64_t memo
   while (layout.blocks < kMaxTeam) {
     const bool finds_room =
         rows * layout.blocks * 2 <= int64_t(device.num_sms) * kBlocksOfSm && vocab > layout.blocks * kFewestElements;
-    const bool is_too_long = bytes() > device.shared_bytes / kBlocksOfSm - 1024;  // of which the system takes 1 KiB
+    const bool is_too_long = bytes() > device.shared_bytes / kBlocksOfSm - 1024 ||  // of which the system takes 1 KiB
+                             elements_of_block(vocab, layout.blocks) > kMostElements;
     if (!finds_room && !is_too_long) break;
     layout.blocks *= 2;
   }
-  if (device.blocks > 0) layout.blocks = device.blocks;
+  if (device.blocks > 0 && elements_of_block(vocab, device.blocks) <= kMostElements) layout.blocks = device.blocks;
   const bool is_alone = double(rows * layout.blocks) <= kUsable * device.num_sms;
   const int wanted = elements_of_block(vocab, layout.blocks) / kElementsOfThread;
   const int most = is_alone ? kMaxThreads : kThreads;

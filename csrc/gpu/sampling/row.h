@@ -33,7 +33,7 @@ __device__ inline auto values_of(S& slice) {
 }
 template <class S, class Map>
 __device__ inline auto mapped(S& slice, const Map& map) {
-  return [&](const auto& f) { slice.each([&](const auto& x) { f(x.map(map)); }); };
+  return [&](const auto& f) { slice.each([&](const auto& x) { f(map(x)); }); };
 }
 
 // Loads the slice, lets the team meet, and makes the first round of the searches. The unit of almost all rows is 1: so

@@ -106,8 +106,11 @@ struct Run {
   int begin, end;
 };
 
+// Of a slice that a block keeps: so many masses add up in SliceMasses, half of them to a word.
+constexpr int kMostElements = 1 << 15;
+
 // Runs begin at multiples of four.
-__host__ __device__ inline int elements_of_block(int vocab, int blocks) {
+__host__ __device__ constexpr int elements_of_block(int vocab, int blocks) {
   return ((vocab + blocks - 1) / blocks + kQuad - 1) / kQuad * kQuad;
 }
 
