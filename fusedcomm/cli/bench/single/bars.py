@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Bar:
+class Bar(ABC):
     """Something about an op at some sizes, where this library was measured on a type of device."""
 
     op: str
@@ -58,17 +59,26 @@ class Bar:
     def device(self) -> str:
         return "cuda"
 
+    @abstractmethod
+    def verdicts(self, figures: Figures) -> list[Verdict]:
+        """On what was measured of it."""
+
+
+class _SizeBar(Bar):
+    """A bar for each size by itself."""
+
     def verdicts(self, figures: Figures) -> list[Verdict]:
         """One for each size."""
         times = {label: figures.us(self.op, label) for label in self.labels}
         return [self.verdict(figures, label, us) for label, us in times.items() if us is not None]
 
+    @abstractmethod
     def verdict(self, figures: Figures, label: str, ours: float) -> Verdict:
-        raise NotImplementedError
+        """On one of them."""
 
 
 @dataclass(frozen=True)
-class PeerBar(Bar):
+class PeerBar(_SizeBar):
     """Our time over that of the fastest of some peers: at most ``ratio``."""
 
     peers: tuple[str, ...]
@@ -87,7 +97,7 @@ class PeerBar(Bar):
 
 
 @dataclass(frozen=True)
-class BandwidthBar(Bar):
+class BandwidthBar(_SizeBar):
     """The bytes that a call has to move over our time: at least ``share`` of what a copy of as many does."""
 
     share: float
@@ -103,7 +113,7 @@ class BandwidthBar(Bar):
 
 
 @dataclass(frozen=True)
-class ComputeBar(Bar):
+class ComputeBar(_SizeBar):
     """Operations of matrix products a second."""
 
     tflops: float
@@ -121,7 +131,7 @@ class ComputeBar(Bar):
 
 
 @dataclass(frozen=True)
-class LatencyBar(Bar):
+class LatencyBar(_SizeBar):
     """Our time."""
 
     us: float
@@ -169,9 +179,9 @@ class _RatiosBar(Bar):
             measured += f"; {missing} sizes without a peer"
         return [Verdict(what, target, measured, ratio <= self.ratio)]
 
+    @abstractmethod
     def _summary(self) -> tuple[str, Callable[[Iterable[float]], float]]:
         """What is held against the bar."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
