@@ -98,15 +98,25 @@ def complete(kernels: list[Kernel]) -> list[Kernel]:
     return kernels
 
 
+# Bytes of stack, and of stores and loads: a few words that live through a whole kernel (two searches and what was asked
+# for), or that the compiler gives up for twice the threads on a multiprocessor. All others have none.
+SPILLS = {
+    ("sm_90", "sample_joint"): (24, 80),
+    ("sm_90", "sample_top_k_first"): (8, 32),
+    ("sm_90", "top_k_top_p_renorm"): (8, 8),
+    ("sm_90", "softmax_temperature"): (16, 32),
+    ("sm_100", "top_k_renorm"): (8, 44),
+    ("sm_100", "top_k_top_p_renorm"): (16, 32),
+}
+
+
 @CLUSTERS
 def test_little_spills_and_two_blocks_fit(target: str) -> None:
-    """Two blocks of 512 threads, or one of 1024, have all the registers of a multiprocessor, 64 a thread.
-
-    A few words of what lives through a whole kernel, two searches and the parameters, may go to memory and back.
-    """
+    """Two blocks of 512 threads, or one of 1024, have all the registers of a multiprocessor, 64 a thread."""
     for kernel in nvidia(target):
-        assert kernel.used["stack"] <= 24, kernel
-        assert kernel.used["spilled"] <= 96, kernel
+        stack, spilled = SPILLS.get((target, kernel.name), (0, 0))
+        assert kernel.used["stack"] <= stack, kernel
+        assert kernel.used["spilled"] <= spilled, kernel
         assert kernel.used["registers"] <= 64, kernel
 
 
