@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-import launched
 from launched import TARGETS, Compiled, Launch, Target
 
 BF16, U8, I32 = torch.bfloat16, torch.uint8, torch.int32
@@ -49,11 +48,6 @@ def launches(monkeypatch: pytest.MonkeyPatch, target: Target, function: str, *ar
         patch.setattr(operators, "converts_to", lambda fp8, device: fp8 is target.fp8 and target.hardware_fp8)
         getattr(operators, function)(*arguments)
     return found
-
-
-def compiled(monkeypatch: pytest.MonkeyPatch, launch: Launch, target: Target) -> Compiled:
-    monkeypatch.setitem(launched._POINTERS, torch.int32, "*i32")
-    return launch.compile(target)
 
 
 def cache(block_size: int, token_bytes: int) -> torch.Tensor:
@@ -100,7 +94,7 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch, token_bytes: int, num_heads: in
     assert len(found) == (2 if full else 1)  # one launch, and one that reduces
     launch, head_tiles = found[0], -(-num_heads // 64)
     assert launch.grid == (2 * head_tiles * (2 if full else 1),)
-    code = compiled(monkeypatch, launch, NVIDIA)
+    code = launch.compile(NVIDIA)
     loop = loop_of(code)
     columns = 512 if token_bytes == 584 else 576
     if num_heads == 128:
@@ -135,7 +129,7 @@ def test_hopper(monkeypatch: pytest.MonkeyPatch, token_bytes: int, num_heads: in
 @forms
 def test_amd(monkeypatch: pytest.MonkeyPatch, token_bytes: int, target: Target, num_heads: int, full: bool) -> None:
     launch = decode(monkeypatch, target, num_heads, token_bytes, full=full)[0]
-    code = compiled(monkeypatch, launch, target)
+    code = launch.compile(target)
     code.check_registers()
     assert re.search(r"v_mfma_f32_(16x16x16|32x32x8|16x16x32|32x32x16)_bf16", code.asm)
     pieces = 9 if token_bytes == 584 else 10
@@ -152,13 +146,13 @@ def test_a_format_that_the_device_has_not(monkeypatch: pytest.MonkeyPatch, targe
     other = torch.float8_e4m3fn if target.fp8 is torch.float8_e4m3fnuz else torch.float8_e4m3fnuz
     launch = decode(monkeypatch, replace(target, fp8=other), 16, 584)[0]
     assert not launch.options["HARDWARE_FP8"]
-    code = compiled(monkeypatch, launch, target)
+    code = launch.compile(target)
     assert not re.search(r"e4m3x2|v_cvt_\w*fp8", code.asm)
 
 
 @targets
 def test_reduction(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
-    code = compiled(monkeypatch, decode(monkeypatch, target, 16, 584, full=True)[1], target)
+    code = decode(monkeypatch, target, 16, 584, full=True)[1].compile(target)
     code.check_registers()
     assert code.accesses()["load 16"] >= 2 * 512 * 4 // (16 * code.threads)  # two parts of 512 fp32
 
@@ -171,7 +165,7 @@ def test_writer(monkeypatch: pytest.MonkeyPatch, token_bytes: int, target: Targe
     given = kv, cache(64, token_bytes), torch.arange(9), target.fp8 is torch.float8_e4m3fnuz
     (launch,) = launches(monkeypatch, target, "_sparse_mla_write", *given)
     assert math.prod(launch.grid) == 3
-    code = compiled(monkeypatch, launch, target)
+    code = launch.compile(target)
     code.check_registers()
     assert code.converts_to_fp8() == target.hardware_fp8
     # a thread has 16 codes, which lie together, of a token and loads what they are made of as widely as it can
