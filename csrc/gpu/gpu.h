@@ -85,6 +85,23 @@ __device__ inline V shuffle(V v, int lane) {
   return __shfl(v, lane, kWarpSize);
 }
 
+// In all lanes.
+constexpr bool kReducesLanes = false;  // 32 bits in one instruction
+template <class V>
+__device__ inline V sum_of_lanes(V v) {
+#pragma unroll
+  for (int mask = 1; mask < kWarpSize; mask *= 2) v += shuffle_xor(v, mask);
+  return v;
+}
+__device__ inline uint32_t largest_of_lanes(uint32_t v) {
+#pragma unroll
+  for (int mask = 1; mask < kWarpSize; mask *= 2) {
+    const uint32_t other = shuffle_xor(v, mask);
+    v = other > v ? other : v;
+  }
+  return v;
+}
+
 // A bit for each lane, and the first lane that has one.
 __device__ inline uint64_t ballot(bool holds) { return __ballot(holds); }
 __device__ inline int first_lane(uint64_t lanes) { return __builtin_ctzll(lanes); }  // lanes > 0
@@ -191,6 +208,11 @@ template <class V>
 __device__ inline V shuffle(V v, int lane) {
   return __shfl_sync(0xffffffffu, v, lane);
 }
+
+// In all lanes.
+constexpr bool kReducesLanes = true;  // 32 bits in one instruction
+__device__ inline uint32_t sum_of_lanes(uint32_t v) { return __reduce_add_sync(0xffffffffu, v); }
+__device__ inline uint32_t largest_of_lanes(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
 
 // A bit for each lane, and the first lane that has one.
 __device__ inline uint64_t ballot(bool holds) { return __ballot_sync(0xffffffffu, holds); }
@@ -366,6 +388,8 @@ inline void free_host_page(void* address) { (void)hipHostFree(address); }
 inline bool can_overlap(const hipDeviceProp_t&) { return false; }
 inline int largest_shared_memory(const hipDeviceProp_t& p) { return int(p.sharedMemPerBlock); }
 inline Status allow_shared_memory(const void*, int) { return hipSuccess; }
+inline Status allow_large_clusters(const void*) { return hipSuccess; }
+inline int clusters_at_once(const void*, int, int, int) { return 0; }
 inline bool has_clusters(const hipDeviceProp_t&) { return false; }
 // Without the features: "gfx942" of "gfx942:sramecc+:xnack-".
 inline std::string architecture(const hipDeviceProp_t& p) {
@@ -450,6 +474,27 @@ inline Status allow_shared_memory(const void* kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 inline bool has_clusters(const cudaDeviceProp& p) { return p.major >= 9; }
+// Of more than 8 blocks, which not every GPU has. On the current device, once for a kernel.
+inline Status allow_large_clusters(const void* kernel) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+// 0: the current device has none so large.
+inline int clusters_at_once(const void* kernel, int threads, int shared_bytes, int blocks) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(blocks);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
+  (void)cudaGetLastError();
+  return 0;
+}
 inline std::string architecture(const cudaDeviceProp& p) { return "sm_" + std::to_string(p.major * 10 + p.minor); }
 
 inline uint64_t ticks_per_second(int) { return 1000000000u; }

@@ -18,6 +18,19 @@ SOURCES = ("draw", "filters", "verify")
 FILTERS = ("top_k_renorm", "top_p_renorm", "top_k_top_p_renorm", "min_p_renorm")
 DRAWS = ("sample", "sample_top_k_first", "sample_joint")
 VERIFICATIONS = ("chain_speculative_sampling", "dflash_chain_verify", "tree_speculative_sampling")
+OPERATIONS = {
+    "TopKRenorm": "top_k_renorm",
+    "TopPRenorm": "top_p_renorm",
+    "TopKTopPRenorm": "top_k_top_p_renorm",
+    "MinPRenorm": "min_p_renorm",
+    "SoftmaxTemperature": "softmax_temperature",
+    "Sample": "sample",
+    "SampleTopKFirst": "sample_top_k_first",
+    "SampleJoint": "sample_joint",
+    "VerifyChain": "chain_speculative_sampling",
+    "VerifyBlock": "dflash_chain_verify",
+    "VerifyTree": "tree_speculative_sampling",
+}
 SEARCHES = {"top_k_renorm", "top_p_renorm", "top_k_top_p_renorm", "sample_top_k_first", "sample_joint"}
 
 pytestmark = pytest.mark.timeout(1800)
@@ -26,15 +39,16 @@ AMD = pytest.mark.parametrize("target", ["gfx942", "gfx950"])
 
 
 class Kernel(NamedTuple):
-    """A kernel, the type of its rows, its code, and the compiler's figures."""
+    """A kernel, the type of its rows, how many blocks may share one, its code, and the compiler's figures."""
 
     name: str
     dtype: str
+    blocks: int
     code: str
     used: dict[str, int]
 
     def __repr__(self) -> str:
-        return f"{self.name}<{self.dtype}>"
+        return f"{self.name}<{self.dtype}> of {self.blocks} blocks"
 
     def count(self, pattern: str) -> int:
         return len(re.findall(rf"^\s*(?:@!?%p\d+\s+)?{pattern}(?=[\s;])", self.code, re.M))
@@ -52,11 +66,14 @@ def compiled(target: str) -> list[tuple[Path, str]]:
     return [(path, path.read_text()) for path in paths]
 
 
-def named(symbol: str) -> tuple[str, str]:
-    names = "|".join((*FILTERS, *DRAWS, *VERIFICATIONS, "softmax_temperature", "greedy_chain_verify"))
-    match = re.search(rf"\d({names})_kernel(?:INS0_\d+(BFloat16|Half)E|If)?E", symbol)
+def named(symbol: str) -> tuple[str, str, int]:
+    """The operation, the type of its rows, and how many blocks may share one."""
+    if "greedy_chain_verify_kernel" in symbol:
+        return "greedy_chain_verify", "float", 1
+    row = r"row_kernelINS\d_\d+([A-Z][A-Za-z]+?)(?:I(?:f|NS0_\d+(BFloat16|Half)E)E)?ENS\d_6TeamOfILi(\d+)E"
+    match = re.search(row, symbol)
     assert match, symbol
-    return match[1], match[2] or "float"
+    return OPERATIONS[match[1]], match[2] or "float", int(match[3])
 
 
 def nvidia(target: str) -> list[Kernel]:
@@ -71,7 +88,7 @@ def nvidia(target: str) -> list[Kernel]:
             found.append(
                 Kernel(*named(symbol), code, {"stack": stack, "spilled": stores + loads, "registers": registers})
             )
-    return complete(found)
+    return complete(found, has_clusters=target in ("sm_90", "sm_100"))
 
 
 def amd(target: str) -> list[Kernel]:
@@ -79,45 +96,50 @@ def amd(target: str) -> list[Kernel]:
     for _, text in compiled(target):
         for entry in text[text.index("amdhsa.kernels:") :].split("\n  - ")[1:]:
             symbol = re.search(r"\.name: +(_Z\w+)", entry)
-            if not symbol:
+            if not symbol or "7nothing" in symbol[1]:
                 continue
             start = re.search(rf"^{symbol[1]}:.*$", text, re.M)
             assert start, symbol[1]
             code = text[start.end() : text.index(".Lfunc_end", start.end())]
             used = {key: int(value) for key, value in re.findall(r"\.(\w+): +(\d+)$", entry, re.M)}
             found.append(Kernel(*named(symbol[1]), code, used))
-    return complete(found)
+    return complete(found, has_clusters=False)
 
 
-def complete(kernels: list[Kernel]) -> list[Kernel]:
-    types = ("float", "BFloat16", "Half")
-    typed = {(name, dtype) for name in (*FILTERS, "softmax_temperature", *DRAWS) for dtype in types}
-    plain = {(name, "float") for name in (*VERIFICATIONS, "greedy_chain_verify")}
-    assert {(kernel.name, kernel.dtype) for kernel in kernels} == typed | plain
-    assert len(kernels) == len(typed | plain)
-    return kernels
+def complete(kernels: list[Kernel], has_clusters: bool) -> list[Kernel]:
+    """All that there are; without clusters those of wide teams are empty, and left out."""
+    types, teams = ("float", "BFloat16", "Half"), (8, 16)
+    names = {
+        (name, dtype, most) for name in (*FILTERS, "softmax_temperature", *DRAWS) for dtype in types for most in teams
+    }
+    names |= {(name, "float", most) for name in VERIFICATIONS for most in teams} | {("greedy_chain_verify", "float", 1)}
+    assert {(kernel.name, kernel.dtype, kernel.blocks) for kernel in kernels} == names
+    assert len(kernels) == len(names)
+    if has_clusters:
+        return kernels
+    assert not any(kernel.count(r"(ld\.global|global_load)\S*") for kernel in kernels if kernel.blocks == 16)
+    return [kernel for kernel in kernels if kernel.blocks != 16]
 
 
 # Bytes of stack, and of stores and loads: a few words that live through a whole kernel (two searches and what was asked
-# for), or that the compiler gives up for twice the threads on a multiprocessor. All others have none.
+# for). All others have none.
 SPILLS = {
-    ("sm_90", "sample_joint"): (24, 80),
     ("sm_90", "sample_top_k_first"): (8, 32),
     ("sm_90", "top_k_top_p_renorm"): (8, 8),
-    ("sm_90", "softmax_temperature"): (16, 32),
-    ("sm_100", "top_k_renorm"): (8, 44),
-    ("sm_100", "top_k_top_p_renorm"): (16, 32),
+    ("sm_90", "top_p_renorm"): (8, 20),
+    ("sm_100", "sample_top_k_first"): (8, 8),
 }
+LIGHT = {"sample", "min_p_renorm", "softmax_temperature"}
 
 
 @CLUSTERS
-def test_little_spills_and_two_blocks_fit(target: str) -> None:
-    """Two blocks of 512 threads, or one of 1024, have all the registers of a multiprocessor, 64 a thread."""
+def test_little_spills_and_several_blocks_fit(target: str) -> None:
+    """Two blocks of 512 threads have all the registers of a multiprocessor if each has 64; three, if it has 40."""
     for kernel in nvidia(target):
         stack, spilled = SPILLS.get((target, kernel.name), (0, 0))
         assert kernel.used["stack"] <= stack, kernel
         assert kernel.used["spilled"] <= spilled, kernel
-        assert kernel.used["registers"] <= 64, kernel
+        assert kernel.used["registers"] <= (40 if kernel.name in LIGHT else 64), kernel
 
 
 @CLUSTERS

@@ -33,8 +33,11 @@ class Case(NamedTuple):
     rng: Generator
 
 
-# Clusters of 1 to 8 blocks, and as the launch's own rule has it; without clusters a row has a block of 1024 threads
-CASES = [("sm_90", blocks) for blocks in range(9)] + [(name, seed) for name in ("sm_80", "gfx942") for seed in (0, 1)]
+# Clusters of 1 to 8 blocks, and more, and as the rule of the launch has it (0); without clusters a row has a block of
+# 1024 threads
+CASES = [("sm_90", blocks) for blocks in (*range(9), 12, 16)] + [
+    (name, seed) for name in ("sm_80", "gfx942") for seed in (0, 1)
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
@@ -276,7 +279,7 @@ GARBLED = (
 FAULTS = {
     "race": Fault("row.h", "  clear(memory);\n  __syncthreads();\n", "  clear(memory);\n"),
     "deadlock": Fault("team.h", "signal_.expect(team.size() * kSlots", "signal_.expect((team.size() + 1) * kSlots"),
-    "wrong": Fault("select.h", "counts = list[j] >= own;", "counts = list[j] > own;"),
+    "wrong": Fault("select.h", "value(int(aim_) - 1)", "value(int(aim_) - 2)"),
 }
 
 
@@ -284,7 +287,7 @@ FAULTS = {
 def test_faults_are_found(found: str) -> None:
     gpu = EmulatedGpu(built("sm_90", FAULTS[found]))
     expected, message = (AssertionError, "argument 4") if found == "wrong" else (FoundError, found)
-    gpu.schedule = Schedule(seed=1, accesses_between_switches=7, blocks=2, threads=64)
+    gpu.schedule = Schedule(seed=1, accesses_between_switches=7, blocks=2, threads=256)
     probs = sampling_bodies.rows("flat", 1, 1000)  # a bin has several, so that there are candidates
     with pytest.raises(expected, match=message):
         check(gpu, sampling, "top_k_renorm_probs_out", probs, None, None, 50, torch.full_like(probs, torch.nan))

@@ -48,7 +48,6 @@ class alignas(16) Counts {
     return above + in_bin <= uint64_t(most);
   }
   static constexpr bool kTakesAbove = true;      // candidates are what counts as few
-  static constexpr int kFew = 192;               // that are held against each other; more take a round
   static constexpr uint32_t kLow = 0x30000000u;  // 2^-31
 
  private:
@@ -66,7 +65,6 @@ struct MassBins {
     return in_bin <= uint64_t(most) * mass_of(lower_end);
   }
   static constexpr bool kTakesAbove = false;
-  static constexpr int kFew = 96;
   // 2^-21. From here on a mass is a mantissa, shifted; below, there are fewer masses than bit patterns.
   static constexpr uint32_t kLow = uint32_t(kExponentBias + kSmallestExponent - 1) << kMantissaBits;
 };

@@ -31,52 +31,68 @@ __device__ inline void commit(Out* out, int num_drafts, int accepted, const Draf
   }
 }
 
-__device__ inline void verify_chain(const ChainArguments& a) {
-  const Team team;
-  ResidualMemory& memory = prepare<ResidualMemory>(team);
-  const int64_t chain = team.row(), n = a.num_drafts;
-  const float* const target = a.target_probs + chain * (n + 1) * a.vocab;
-  const float* const draft = a.draft_probs + chain * n * a.vocab;
-  const auto id = [&](int i) { return at(a.draft_ids, chain * n + i); };
-  const int accepted = count_leading(int(n), [&](int i) {
-    const float p = probability_of(target + int64_t(i) * a.vocab, id(i), a.vocab);
-    const float q = probability_of(draft + int64_t(i) * a.vocab, id(i), a.vocab);
-    return a.uniforms[chain * n + i] * q < p;
-  });
-  int32_t* const output = a.output_ids + chain * (n + 1);
-  if (team.rank() == 0) {
-    commit(output, int(n), accepted, id);
-    if (threadIdx.x == 0) a.accepted[chain] = accepted;
-  }
-  const int64_t refused = int64_t(accepted) * a.vocab;
-  Slice slice(team, Difference(target + refused, accepted < n ? draft + refused : nullptr), a.vocab,
-              room_for_slice(memory));
-  draw_residual(team, memory, slice, a.final_uniforms[chain], [&](int token) { output[accepted] = token; });
-}
+struct VerifyChain {
+  static constexpr int kBlocksOfSm = 2;
+  using Arguments = ChainArguments;
+  template <class Team>
+  using Memory = ResidualMemory<Team>;
 
-__device__ inline void verify_block(const BlockArguments& a) {
-  const Team team;
-  ResidualMemory& memory = prepare<ResidualMemory>(team);
-  const int64_t first = team.row() * a.size;
-  const float* const target = a.target_probs + first * a.vocab;
-  const int64_t* const drafts = a.candidates + first + 1;
-  const int num_drafts = a.size - 1;
-  const int accepted = count_leading(num_drafts, [&](int i) {
-    const float p = probability_of(target + int64_t(i) * a.vocab, drafts[i], a.vocab);
-    return p > 0.0f && (a.uniforms[first + i] < divide(p, a.threshold_acc) || p >= a.threshold_single);
-  });
-  if (team.rank() == 0) {
-    commit(a.out.tokens + first, num_drafts, accepted, [&](int i) { return drafts[i]; });
-    if (threadIdx.x == 0) a.out.accept_len[team.row()] = accepted;
+  template <class Team>
+  __device__ static void run(const Arguments& a) {
+    const Team team;
+    Memory<Team>& memory = prepare<Memory<Team>>(team);
+    const int64_t chain = team.row(), n = a.num_drafts;
+    const float* const target = a.target_probs + chain * (n + 1) * a.vocab;
+    const float* const draft = a.draft_probs + chain * n * a.vocab;
+    const auto id = [&](int i) { return at(a.draft_ids, chain * n + i); };
+    const int accepted = count_leading(int(n), [&](int i) {
+      const float p = probability_of(target + int64_t(i) * a.vocab, id(i), a.vocab);
+      const float q = probability_of(draft + int64_t(i) * a.vocab, id(i), a.vocab);
+      return a.uniforms[chain * n + i] * q < p;
+    });
+    int32_t* const output = a.output_ids + chain * (n + 1);
+    if (team.rank() == 0) {
+      commit(output, int(n), accepted, id);
+      if (threadIdx.x == 0) a.accepted[chain] = accepted;
+    }
+    const int64_t refused = int64_t(accepted) * a.vocab;
+    Slice slice(team, Difference(target + refused, accepted < n ? draft + refused : nullptr), a.vocab,
+                room_for_slice(memory));
+    draw_residual(team, memory, slice, a.final_uniforms[chain], [&](int token) { output[accepted] = token; });
   }
-  Slice slice(team,
-              Without(target + int64_t(accepted) * a.vocab, accepted < num_drafts ? drafts[accepted] : -1, a.vocab),
-              a.vocab, room_for_slice(memory));
-  draw_residual(team, memory, slice, a.final_uniforms[team.row()], [&](int token) {
-    a.out.bonus[team.row()] = token;
-    a.out.tokens[first + accepted] = token;
-  });
-}
+};
+
+struct VerifyBlock {
+  static constexpr int kBlocksOfSm = 2;
+  using Arguments = BlockArguments;
+  template <class Team>
+  using Memory = ResidualMemory<Team>;
+
+  template <class Team>
+  __device__ static void run(const Arguments& a) {
+    const Team team;
+    Memory<Team>& memory = prepare<Memory<Team>>(team);
+    const int64_t first = team.row() * a.size;
+    const float* const target = a.target_probs + first * a.vocab;
+    const int64_t* const drafts = a.candidates + first + 1;
+    const int num_drafts = a.size - 1;
+    const int accepted = count_leading(num_drafts, [&](int i) {
+      const float p = probability_of(target + int64_t(i) * a.vocab, drafts[i], a.vocab);
+      return p > 0.0f && (a.uniforms[first + i] < divide(p, a.threshold_acc) || p >= a.threshold_single);
+    });
+    if (team.rank() == 0) {
+      commit(a.out.tokens + first, num_drafts, accepted, [&](int i) { return drafts[i]; });
+      if (threadIdx.x == 0) a.out.accept_len[team.row()] = accepted;
+    }
+    Slice slice(team,
+                Without(target + int64_t(accepted) * a.vocab, accepted < num_drafts ? drafts[accepted] : -1, a.vocab),
+                a.vocab, room_for_slice(memory));
+    draw_residual(team, memory, slice, a.final_uniforms[team.row()], [&](int token) {
+      a.out.bonus[team.row()] = token;
+      a.out.tokens[first + accepted] = token;
+    });
+  }
+};
 
 constexpr int kGreedyThreads = 128;
 

@@ -6,13 +6,16 @@
 
 namespace fusedcomm::gpu::sampling {
 
+// Of a team, at most: what every GPU with clusters allows, and what most do. Kernels are compiled for both: what blocks
+// send takes room in all of them. Without clusters there is one kind of team.
+constexpr int kFewBlocks = 8, kManyBlocks = 16;
+
 // Blocks only ever write to each other: what is sent is counted by a barrier in the receiver's shared memory (Signal),
 // which costs no fence of the whole GPU, as a barrier of the cluster or a read of another block's memory behind one
 // would.
 #if defined(FUSEDCOMM_HIP) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
 
 constexpr bool kHasClusters = false;
-constexpr int kMaxTeam = 1;
 
 struct Signal {
   __device__ void init() {}
@@ -20,8 +23,12 @@ struct Signal {
   __device__ void wait(uint32_t) const {}
 };
 
-class Team {
+template <int kMost>
+class TeamOf {
  public:
+  static constexpr int kMostBlocks = 1;
+  static constexpr bool kIsServed = kMost == kFewBlocks;
+
   __device__ int64_t row() const { return blockIdx.x; }
   __device__ int rank() const { return 0; }
   __device__ int size() const { return 1; }
@@ -39,7 +46,6 @@ class Team {
 #else
 
 constexpr bool kHasClusters = true;
-constexpr int kMaxTeam = 8;  // blocks: what every GPU with clusters allows
 
 __device__ inline uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
@@ -70,9 +76,13 @@ struct Signal {
   }
 };
 
-class Team {
+template <int kMost>
+class TeamOf {
  public:
-  __device__ Team() {
+  static constexpr int kMostBlocks = kMost;
+  static constexpr bool kIsServed = true;
+
+  __device__ TeamOf() {
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank_));
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size_));
   }
@@ -126,5 +136,8 @@ class Team {
 };
 
 #endif
+
+using NarrowTeam = TeamOf<kFewBlocks>;
+using WideTeam = TeamOf<kManyBlocks>;
 
 }  // namespace fusedcomm::gpu::sampling

@@ -7,11 +7,25 @@ namespace fusedcomm::gpu::sampling {
 
 namespace {
 
-constexpr int kFewestElements = 2048;  // of a block that shares a row: fewer are not worth meeting for
-constexpr int kElementsOfThread = 8;   // where a multiprocessor has one block
-constexpr int kThreads = 512;          // of a block, where a multiprocessor has several
-constexpr int kBlocksOfSm = 2;
-constexpr double kUsable = 0.9;  // of the multiprocessors, where those of a cluster have to be neighbours
+constexpr int kElementsOfThread = 8;
+// Of a block's slice, at least: fewer are not worth meeting for. Two blocks that share a multiprocessor compute in
+// turn.
+constexpr int kLeastOfFew = 1024, kLeastOfMany = 6144, kLeastInPairs = 8192;
+
+// For two blocks on a multiprocessor; the system takes 1 KiB of each.
+int half_of(int shared_bytes) { return shared_bytes / 2 - 1024; }
+
+// What a GPU has at once depends on where its multiprocessors are: those of a cluster have to be neighbours.
+__global__ void nothing() {}
+
+void count_teams(Device& device) {
+  const void* const kernel = reinterpret_cast<const void*>(nothing);
+  if (allow_shared_memory(kernel, device.shared_bytes) != kOk || allow_large_clusters(kernel) != kOk) return;
+  for (int i = 0; i < kTeamSizes; ++i) {
+    device.teams_apart[i] = clusters_at_once(kernel, kThreads, device.shared_bytes, 1 << i);
+    device.teams_in_pairs[i] = clusters_at_once(kernel, kThreads, half_of(device.shared_bytes), 1 << i);
+  }
+}
 
 }  // namespace
 
@@ -22,10 +36,10 @@ Device* device_of(int index) {
   std::call_once(once[index], [index] {
     FUSEDCOMM_PROPERTIES p;
     if (FUSEDCOMM_RT(GetDeviceProperties)(&p, index) != kOk) return;
-    known[index].num_sms = p.multiProcessorCount;
     known[index].shared_bytes = largest_shared_memory(p);
     known[index].overlaps = can_overlap(p);
     known[index].has_clusters = has_clusters(p);
+    if (known[index].has_clusters) count_teams(known[index]);
   });
   return known[index].shared_bytes > 0 ? &known[index] : nullptr;
 }
@@ -37,36 +51,40 @@ void set_team(int device, int blocks, int threads) {
   facts->threads = threads;
 }
 
-static_assert(!kHasClusters || elements_of_block(fusedcomm::sampling::kMaxVocab, kMaxTeam) <= kMostElements,
+static_assert(!kHasClusters || elements_of_block(fusedcomm::sampling::kMaxVocab, kFewBlocks) <= kMostElements,
               "every row can be kept");
 
-// A row is spread over as many blocks as find room on the GPU at once, and over as many as let each keep its slice. A
-// multiprocessor that has several rows has two blocks, so that one computes while the other waits.
-Layout layout_of(const Device& device, int64_t rows, int32_t vocab, int64_t memory_bytes, int64_t least_bytes) {
+// A row is spread over as many blocks as find room on the GPU at once, as long as each has enough to do; and over as
+// many as let each keep its slice, two on a multiprocessor: one computes while the other waits.
+Layout layout_of(const Device& device, int64_t rows, int32_t vocab, const Needs& needs) {
   Layout layout;
+  const auto bytes = [&](int blocks) {
+    return (blocks > kFewBlocks ? needs.wide_bytes : needs.narrow_bytes) +
+           std::max(needs.least_bytes, 4 * int64_t(elements_of_block(vocab, blocks)));
+  };
   if (!device.has_clusters) {  // slices stay in memory
-    layout.threads = kMaxThreads;
-    layout.shared_bytes = int(memory_bytes + least_bytes);
+    layout.threads = 2 * kThreads;
+    layout.shared_bytes = int(needs.narrow_bytes + needs.least_bytes);
     return layout;
   }
-  const auto bytes = [&] {
-    return memory_bytes + std::max(least_bytes, 4 * int64_t(elements_of_block(vocab, layout.blocks)));
-  };
-  while (layout.blocks < kMaxTeam) {
-    const bool finds_room =
-        rows * layout.blocks * 2 <= int64_t(device.num_sms) * kBlocksOfSm && vocab > layout.blocks * kFewestElements;
-    const bool is_too_long = bytes() > device.shared_bytes / kBlocksOfSm - 1024 ||  // of which the system takes 1 KiB
-                             elements_of_block(vocab, layout.blocks) > kMostElements;
-    if (!finds_room && !is_too_long) break;
-    layout.blocks *= 2;
+  for (int i = 1; i < kTeamSizes; ++i) {
+    const int blocks = 1 << i, elements = vocab / blocks;
+    const bool is_large = blocks > kFewBlocks;
+    const bool apart = rows <= device.teams_apart[i] && elements >= (is_large ? kLeastOfMany : kLeastOfFew);
+    const bool in_pairs = rows <= device.teams_in_pairs[i] && elements >= kLeastInPairs;
+    if (apart || (in_pairs && !is_large)) layout.blocks = blocks;
   }
-  if (device.blocks > 0 && elements_of_block(vocab, device.blocks) <= kMostElements) layout.blocks = device.blocks;
-  const bool is_alone = double(rows * layout.blocks) <= kUsable * device.num_sms;
+  const auto is_too_long = [&](int blocks) {
+    return bytes(blocks) > half_of(device.shared_bytes) || elements_of_block(vocab, blocks) > kMostElements;
+  };
+  while (layout.blocks < kFewBlocks && is_too_long(layout.blocks)) layout.blocks *= 2;
+  if (device.blocks > 0 && device.blocks <= kManyBlocks && elements_of_block(vocab, device.blocks) <= kMostElements) {
+    layout.blocks = device.blocks;
+  }
   const int wanted = elements_of_block(vocab, layout.blocks) / kElementsOfThread;
-  const int most = is_alone ? kMaxThreads : kThreads;
-  layout.threads = std::clamp((wanted + kWarpSize - 1) / kWarpSize * kWarpSize, 2 * kWarpSize, most);
+  layout.threads = std::clamp((wanted + kWarpSize - 1) / kWarpSize * kWarpSize, 2 * kWarpSize, kThreads);
   if (device.threads > 0) layout.threads = device.threads;
-  layout.shared_bytes = int(bytes());
+  layout.shared_bytes = int(bytes(layout.blocks));
   return layout;
 }
 

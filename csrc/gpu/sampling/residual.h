@@ -67,16 +67,17 @@ class Without {
   int token_;
 };
 
+template <class Team>
 struct alignas(16) ResidualMemory {
-  DrawMemory residual, target;
+  DrawMemory<Team> residual, target;
 
   __device__ void open(const Team& team) { residual.open(team), target.open(team); }
 };
 
 // A token of what the reader leaves, or of all of the target where that is nothing. One thread of the team calls
 // emit(token).
-template <class Reader, class Emit>
-__device__ inline void draw_residual(const Team& team, ResidualMemory& memory, Slice<Reader>& slice, float u,
+template <class Team, class Reader, class Emit>
+__device__ inline void draw_residual(const Team& team, ResidualMemory<Team>& memory, Slice<Reader>& slice, float u,
                                      const Emit& emit) {
   load_and_weigh(memory.residual, slice);
   team.meet();

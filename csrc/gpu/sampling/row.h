@@ -9,7 +9,7 @@ namespace fusedcomm::gpu::sampling {
 
 // The shared memory of a block: what a kernel asks for, cleared and opened, then room for the slice. Inputs may be read
 // from here on; the team has not met.
-template <class Memory>
+template <class Memory, class Team>
 __device__ inline Memory& prepare(const Team& team) {
   Memory& memory = *static_cast<Memory*>(shared_memory());
   clear(memory);
@@ -39,8 +39,8 @@ __device__ inline auto mapped(S& slice, const Map& map) {
 // Loads the slice, lets the team meet, and makes the first round of the searches. The unit of almost all rows is 1: so
 // values are taken for y while the largest is still being looked for, and once more if it was not. Aims depend on the
 // unit: aim(unit) sets them.
-template <class S, class Aim, class... Searches>
-__device__ inline void open(const Team& team, Largest& largest, S& slice, const Aim& aim, Searches&... searches) {
+template <class Team, class S, class Aim, class... Searches>
+__device__ inline void open(const Team& team, Largest<Team>& largest, S& slice, const Aim& aim, Searches&... searches) {
   float largest_of_thread = 0.0f;
   slice.load([&](const auto& x) {
     for (const float v : x.v) largest_of_thread = larger(v, largest_of_thread);
@@ -63,8 +63,8 @@ __device__ inline void open(const Team& team, Largest& largest, S& slice, const 
 }
 
 // Of mass(x) over the row.
-template <class S, class Mass>
-__device__ inline uint64_t total_of(const Team& team, Total& total, S& slice, const Mass& mass) {
+template <class Team, class S, class Mass>
+__device__ inline uint64_t total_of(const Team& team, Total<Team>& total, S& slice, const Mass& mass) {
   uint64_t sum = 0;
   slice.each([&](const auto& x) {
     for (const float v : x.v) sum += mass(v);

@@ -4,7 +4,8 @@
 // A round: each block puts its values that may be the threshold into bins and sends the sums of groups of bins to all
 // blocks; when it has those of all blocks it knows in which group the aim is reached, and sends its bins of that group;
 // when it has those of all, it knows the bin. So all blocks find the same, and little goes between them. Once few
-// values are left, all blocks get them all (Candidates), and each goes on by itself.
+// values are left, all blocks get them all (Candidates), and each goes on by itself: in rounds, or, if they are very
+// few, by sorting them.
 #pragma once
 
 #include "gpu/sampling/bins.h"
@@ -20,18 +21,27 @@ struct Found {
   bool has_few;     // what may be the threshold is to be listed
 };
 
+// Of a search among sorted candidates.
+struct End {
+  uint64_t reached;  // the sum of what is not below the threshold
+  uint64_t mass;     // of these candidates
+  uint32_t threshold;
+};
+
 // In shared memory, cleared at the start. What blocks send to each other in rounds that follow each other:
 //
 // - sums of groups go to two inboxes in turn: whoever sends those of round n + 2 has all of round n + 1, and every
 //   block sends these after it has read those of round n;
 // - bins go to one: whoever sends those of a round has all groups of that round, and every block sends these after it
 //   has read the bins of the round before.
-template <class Bins>
+template <class Team, class Bins>
 struct alignas(16) SearchMemory {
   Bins bins;
-  Inbox<uint64_t, kGroups> groups[2];
-  Inbox<uint64_t, kWarpSize> lanes;
+  Inbox<Team, uint64_t, kGroups> groups[2];
+  Inbox<Team, uint64_t, kWarpSize> lanes;
+  uint64_t own_groups[kGroups];  // of a round that is the block's own affair
   Found found;
+  End end;
 
   __device__ void open(const Team& team) {
     groups[0].open(team);
@@ -40,12 +50,11 @@ struct alignas(16) SearchMemory {
   }
 };
 
-// kLists: values may become candidates, in a list of its own.
-template <class Bins, bool kLists = true>
+template <class Team, class Bins>
 class Search {
  public:
-  __device__ Search(const Team& team, SearchMemory<Bins>& memory)
-      : memory_(memory), most_candidates_(team.is_alone() ? Bins::kFew : kMostCandidates) {}
+  __device__ Search(const Team& team, SearchMemory<Team, Bins>& memory)
+      : memory_(memory), most_candidates_(team.is_alone() ? kMostSorted : kMostCandidates) {}
 
   // At least 1.
   __device__ void aim_at(uint64_t aim) { aim_ = aim; }
@@ -62,20 +71,29 @@ class Search {
   __device__ float threshold() const { return __uint_as_float(range_.top); }
   // The sum of what is not below the threshold.
   __device__ uint64_t reached() const { return above_; }
+  // What the threshold is not below, and not above, as far as is known; as bit patterns.
+  __device__ uint32_t at_least() const {
+    if (is_done()) return range_.top;
+    return range_.shift < kFirstShift ? range_.lower_end() : 0;  // a bin in which the aim is reached, or not yet
+  }
+  __device__ uint32_t at_most() const { return range_.top; }
 
   // Once few values are left, they are to be brought to all blocks, in this list: see gather(). even_if_done: for what
   // comes after the search.
-  __device__ void may_list(Candidates& room, bool even_if_done = false) {
+  __device__ void may_list(Candidates<Team>& room, bool even_if_done = false) {
     room_ = &room;
     lists_if_done_ = even_if_done;
   }
-  __device__ Candidates& room() const { return *room_; }
-  // All values that are left are in the list.
-  __device__ void look_at(const Candidates& list) { list_ = &list; }
-  __device__ bool wants_candidates() const {
-    return kLists && has_few_ && list_ == nullptr && (!is_done() || lists_if_done_);
+  __device__ void may_not_list() {
+    room_ = nullptr;
+    has_few_ = false;
   }
-  __device__ bool has_candidates() const { return kLists && list_ != nullptr; }
+  __device__ Candidates<Team>& room() const { return *room_; }
+  // All values that are left are in the list.
+  __device__ void look_at(Candidates<Team>& list) { list_ = &list; }
+  __device__ bool wants_candidates() const { return has_few_ && list_ == nullptr && (!is_done() || lists_if_done_); }
+  __device__ bool has_candidates() const { return list_ != nullptr; }
+  __device__ bool has_sorted() const { return has_sorted_; }
   __device__ bool is_candidate(float y) const {
     if constexpr (Bins::kTakesAbove) return __float_as_uint(y) >= (is_done() ? range_.top : range_.lower_end());
     return range_.below_top(y) < range_.size;
@@ -87,71 +105,33 @@ class Search {
   }
   __device__ void clear_bins() { clear(memory_.bins); }
 
-  // What is left of the row, if it is looked at still.
-  template <int kCount>
-  __device__ void add_of_row(const Values<kCount>& y) {
-    if (!has_candidates()) add(y);
-  }
-  __device__ bool needs_row() const { return !is_done() && !has_candidates(); }
-  __device__ void add_candidates() {
-    if (is_done() || !has_candidates()) return;
-    for (int i = int(threadIdx.x); i < list_->size(); i += int(blockDim.x)) add(Values<1>{(*list_)[i]});
-  }
-
-  // Finds the threshold among the candidates, if there are no more than Bins::kFew: each is held against all others. By
-  // all threads, with clear bins.
-  __device__ void finish_if_few() {
-    if (is_done() || !has_candidates() || list_->size() > Bins::kFew) return;
-    struct Room {
-      uint64_t masses[Bins::kFew], masses_up_to[Bins::kFew];
-      uint32_t counts_up_to[Bins::kFew], best, place;
-    };
-    static_assert(sizeof(Room) <= sizeof(memory_.bins), "in place of the bins");
-    Room& room = reinterpret_cast<Room&>(memory_.bins);
-    const Candidates& list = *list_;
-    const int num = list.size();
-    for (int i = int(threadIdx.x); i < num; i += int(blockDim.x)) room.masses[i] = mass_of(list[i]);
-    __syncthreads();
-    constexpr int kLanes = 4;  // for each of them
-    const int part = lane() % kLanes;
-    uint32_t best = 0;
-    for (int first = warp() * kWarpSize / kLanes; first < num; first += int(blockDim.x) / kLanes) {
-      const int i = first + lane() / kLanes;
-      const float own = i < num ? list[i] : 0.0f;
-      uint64_t mass = 0;
-      uint32_t count = 0;
-#pragma unroll 4
-      for (int j = part; j < num; j += kLanes) {
-        const bool counts = list[j] >= own;
-        mass += counts ? room.masses[j] : 0;
-        count += uint32_t(counts);
-      }
-#pragma unroll
-      for (int mask = 1; mask < kLanes; mask *= 2) {
-        mass += shuffle_xor(mass, mask);
-        count += shuffle_xor(count, mask);
-      }
-      if (i < num && part == 0) {
-        room.masses_up_to[i] = mass;
-        room.counts_up_to[i] = count;
-      }
-      if (i < num && sum_of(mass, count) >= aim_) best = max(best, __float_as_uint(own));
+  // The rest of the search, where the candidates are listed. By all threads, with clear bins.
+  __device__ void finish_among_candidates() {
+    if (!has_candidates() || has_sorted_) return;
+    if (list_->size() > kMostSorted) {
+      while (!is_done()) round_of_candidates();
+      return;
     }
-    best = max_of_warp(best);
-    if (lane() == 0 && best > 0) atomicMax(&room.best, best);
+    list_->sort();
     __syncthreads();
-    const uint32_t threshold = room.best;  // 0: the aim is not reached
-    for (int i = int(threadIdx.x); i < num; i += int(blockDim.x)) {
-      const bool is_last =
-          threshold > 0 ? __float_as_uint(list[i]) == threshold : room.counts_up_to[i] == uint32_t(num);
-      if (is_last) atomicMax(&room.place, uint32_t(i));
+    finish_among_sorted(*list_, [](float y) { return y; });
+    has_sorted_ = true;
+  }
+  // The same for sorted values through a function that leaves them in order. Of a search that is done, it finds
+  // reached() and mass_of_kept().
+  template <class Map>
+  __device__ void finish_among_sorted(const Candidates<Team>& list, const Map& map) {
+    if (warp() == 0) {
+      const End end = end_among(list.size(), [&](int i) { return map(list.sorted(i)); });
+      if (lane() == 0) memory_.end = end;
     }
     __syncthreads();
-    mass_ = room.masses_up_to[room.place];
-    above_ = sum_of(mass_, room.counts_up_to[room.place]);
-    finish(threshold);
+    const End end = memory_.end;
+    above_ = end.reached;
+    mass_ = end.mass;
+    finish(end.threshold);
   }
-  // The mass of what is kept, if the search ended among candidates and they are all of it; 0: ask elsewhere.
+  // The mass of what is kept, if the search ended among sorted candidates and they are all of it; 0: ask elsewhere.
   __device__ uint64_t mass_of_kept() const { return Bins::kTakesAbove ? mass_ : 0; }
 
   // Values are from 0 to below 2; others are left out. So is 0, which filters leave in many places: it adds nothing to
@@ -168,35 +148,13 @@ class Search {
   __device__ void send(const Team& team) {
     if (is_done()) return;
     for (int group = warp(); group < kGroups; group += num_warps()) {
-      const uint64_t sum = sum_of_warp(bins().in_bin(range_, group * kWarpSize + lane()));
-      auto& inbox = memory_.groups[round_ % 2];
-      has_candidates() ? inbox.keep(team, group, sum) : inbox.send(team, group, sum);
+      memory_.groups[round_ % 2].send(team, group, sum_of_group(group));
     }
   }
 
   // By one warp, the same in all rounds.
   __device__ void locate(const Team& team) {
-    const uint64_t of_group = groups_of_team(team);
-    uint64_t up_to = above_ + sum_up_to_lane(of_group);
-    uint64_t reaching = ballot(up_to >= aim_);
-    if (reaching == 0) {
-      if (lane() == kWarpSize - 1) memory_.found = {up_to, 0, -1, false, false};
-      return;
-    }
-    const int group = first_lane(reaching);
-    const uint64_t above = shuffle(up_to - of_group, group);
-    const int bin = group * kWarpSize + lane();
-    const uint64_t of_bin = lanes_of_team(team, bins().in_bin(range_, bin));
-    up_to = above + sum_up_to_lane(of_bin);
-    reaching = ballot(up_to >= aim_);
-    const int found_by = first_lane(reaching);
-    Found found = {shuffle(up_to - of_bin, found_by), shuffle(of_bin, found_by), shuffle(bin, found_by), false, false};
-    const float lower_end = __uint_as_float(range_of(found.bin).lower_end());
-    found.is_last = range_.shift == 0 || Bins::takes_all(found.in_bin, aim_ - found.above, lower_end);
-    found.has_few = kLists && room_ != nullptr && list_ == nullptr &&
-                    Bins::are_few(found.above, found.in_bin, lower_end, most_candidates_) &&
-                    (!found.is_last || lists_if_done_);
-    if (lane() == 0) memory_.found = found;
+    locate(groups_of_team(team), [&](uint64_t of_bin) { return lanes_of_team(team, of_bin); });
   }
 
   // Takes what locate() has found, after a barrier.
@@ -233,6 +191,95 @@ class Search {
 
   __device__ Bins& bins() { return memory_.bins; }
 
+  // Of the block, by a warp; the same in all its lanes.
+  __device__ uint64_t sum_of_group(int group) { return sum_of_warp(bins().in_bin(range_, group * kWarpSize + lane())); }
+
+  // of_group: the sum of a group a lane; bins_of_all(what the block has of a bin a lane): over all blocks that count.
+  template <class BinsOfAll>
+  __device__ void locate(uint64_t of_group, const BinsOfAll& bins_of_all) {
+    uint64_t up_to = above_ + sum_up_to_lane(of_group);
+    uint64_t reaching = ballot(up_to >= aim_);
+    if (reaching == 0) {
+      if (lane() == kWarpSize - 1) memory_.found = {up_to, 0, -1, false, false};
+      return;
+    }
+    const int group = first_lane(reaching);
+    const uint64_t above = shuffle(up_to - of_group, group);
+    const int bin = group * kWarpSize + lane();
+    const uint64_t of_bin = bins_of_all(bins().in_bin(range_, bin));
+    up_to = above + sum_up_to_lane(of_bin);
+    reaching = ballot(up_to >= aim_);
+    if (lane() != first_lane(reaching)) return;
+    Found found = {up_to - of_bin, of_bin, bin, false, false};
+    const float lower_end = __uint_as_float(range_of(bin).lower_end());
+    found.is_last = range_.shift == 0 || Bins::takes_all(of_bin, aim_ - found.above, lower_end);
+    found.has_few = room_ != nullptr && list_ == nullptr &&
+                    Bins::are_few(found.above, of_bin, lower_end, most_candidates_) &&
+                    (!found.is_last || lists_if_done_);
+    memory_.found = found;
+  }
+
+  // As a round of the row is, but for other blocks.
+  __device__ void round_of_candidates() {
+    for (int i = int(threadIdx.x); i < list_->size(); i += int(blockDim.x)) add(Values<1>{(*list_)[i]});
+    __syncthreads();
+    for (int group = warp(); group < kGroups; group += num_warps()) {
+      const uint64_t sum = sum_of_group(group);
+      if (lane() == 0) memory_.own_groups[group] = sum;
+    }
+    __syncthreads();
+    if (warp() == 0) {
+      locate(lane() < kGroups ? memory_.own_groups[lane()] : 0, [](uint64_t of_bin) { return of_bin; });
+    }
+    __syncthreads();
+    clear_bins();
+    advance();
+    __syncthreads();
+  }
+
+  // By a warp, among num values, from the largest down. A lane has some that follow each other.
+  template <class Value>
+  __device__ End end_among(int num, const Value& value) const {
+    constexpr int kEach = kMostSorted / kWarpSize;
+    const int first = kEach * lane();
+    float y[kEach];
+    uint64_t mass[kEach], mass_of_lane = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      y[e] = value(first + e);
+      mass[e] = mass_of(y[e]);
+      mass_of_lane += mass[e];
+    }
+    float threshold = 0.0f;  // so it stays if the aim is not reached
+    if (is_done()) {
+      threshold = this->threshold();
+    } else if constexpr (Bins::kTakesAbove) {
+      if (aim_ <= uint64_t(num)) threshold = value(int(aim_) - 1);
+    } else {
+      uint64_t up_to = above_ + sum_up_to_lane(mass_of_lane);
+      const uint64_t reaching = ballot(up_to >= aim_);
+      if (reaching != 0) {
+        float last = y[kEach - 1];
+#pragma unroll
+        for (int e = kEach - 1; e > 0; --e) {
+          up_to -= mass[e];
+          if (up_to >= aim_) last = y[e - 1];
+        }
+        threshold = shuffle(last, first_lane(reaching));
+      }
+    }
+    uint64_t kept = 0;
+    uint32_t count = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const bool is_kept = first + e < num && y[e] >= threshold;
+      kept += is_kept ? mass[e] : 0;
+      count += uint32_t(is_kept);
+    }
+    kept = sum_of_warp(kept);
+    return {Bins::kTakesAbove ? sum_of_warp(count) : above_ + kept, kept, __float_as_uint(threshold)};
+  }
+
   // What a bin has of the range, for the next round.
   __device__ Range range_of(int bin) const {
     const uint32_t top = range_.upper_end_of(bin);
@@ -242,7 +289,6 @@ class Search {
   // The sum of a group a lane over the blocks.
   __device__ uint64_t groups_of_team(const Team& team) {
     auto& inbox = memory_.groups[round_ % 2];
-    if (has_candidates()) return lane() < kGroups ? inbox.from(team.rank(), lane()) : 0;
     inbox.wait(team, round_ / 2 % 2);
     if (lane() == 0) inbox.expect(team);
     return lane() < kGroups ? sum_over_team(team, inbox) : 0;
@@ -250,7 +296,7 @@ class Search {
 
   // What a lane has, over the blocks.
   __device__ uint64_t lanes_of_team(const Team& team, uint64_t of_block) {
-    if (team.is_alone() || has_candidates()) return of_block;
+    if (team.is_alone()) return of_block;
     memory_.lanes.send_lanes(team, of_block);
     memory_.lanes.wait(team, exchange_++ % 2);
     if (lane() == 0) memory_.lanes.expect(team);
@@ -261,7 +307,7 @@ class Search {
   __device__ static uint64_t sum_over_team(const Team& team, const Box& inbox) {
     uint64_t sum = 0;
 #pragma unroll
-    for (int block = 0; block < kMaxTeam; ++block) {
+    for (int block = 0; block < Team::kMostBlocks; ++block) {
       if (block < team.size()) sum += inbox.from(block, lane());
     }
     return sum;
@@ -269,12 +315,10 @@ class Search {
 
   __device__ void finish(uint32_t threshold) { range_ = {threshold, 0, 0}; }
 
-  // Of candidates, and of what is above them all.
-  __device__ uint64_t sum_of(uint64_t mass, uint32_t count) const { return Bins::kTakesAbove ? count : above_ + mass; }
-
-  SearchMemory<Bins>& memory_;
-  Candidates* room_ = nullptr;
-  const Candidates* list_ = nullptr;
+  SearchMemory<Team, Bins>& memory_;
+  Candidates<Team>* room_ = nullptr;
+  Candidates<Team>* list_ = nullptr;
+  bool has_sorted_ = false;
   int most_candidates_;
   bool lists_if_done_ = false;
   bool has_few_ = false;
@@ -287,7 +331,7 @@ class Search {
 };
 
 // Ends a round, after share(). Each search is looked up by a warp of its own.
-template <class... Searches>
+template <class Team, class... Searches>
 __device__ inline void settle(const Team& team, Searches&... searches) {
   int next = 0;
   (((warp() == next++ % num_warps() && !searches.is_done()) ? searches.locate(team) : void()), ...);
@@ -296,7 +340,7 @@ __device__ inline void settle(const Team& team, Searches&... searches) {
   __syncthreads();
 }
 
-template <class... Searches>
+template <class Team, class... Searches>
 __device__ inline void restart(const Team& team, Searches&... searches) {
   int next = 0;
   ((searches.is_done() ? void(++next) : searches.restart(team, warp() == next++ % num_warps())), ...);
@@ -306,10 +350,10 @@ __device__ inline void restart(const Team& team, Searches&... searches) {
 }
 
 // Brings the candidates of a search to every block of the team, if it wants them.
-template <class Each, class Bins, bool kLists>
-__device__ inline void gather(const Team& team, const Each& each, Search<Bins, kLists>& search) {
-  if (!kLists || !search.wants_candidates()) return;
-  Candidates& list = search.room();
+template <class Team, class Each, class Bins>
+__device__ inline void gather(const Team& team, const Each& each, Search<Team, Bins>& search) {
+  if (!search.wants_candidates()) return;
+  Candidates<Team>& list = search.room();
   float* const own = search.scratch();
   each([&](const auto& y) {
     bool any = false;
@@ -326,16 +370,14 @@ __device__ inline void gather(const Team& team, const Each& each, Search<Bins, k
 }
 
 // Rounds until all of them are done. each(f) calls f(values) for all values of the slice.
-template <class Each, class... Searches>
+template <class Team, class Each, class... Searches>
 __device__ inline void search(const Team& team, const Each& each, Searches&... searches) {
   while (true) {
     (gather(team, each, searches), ...);
-    (searches.finish_if_few(), ...);
+    (searches.finish_among_candidates(), ...);
     if ((searches.is_done() && ...)) return;
-    if ((searches.needs_row() || ...)) each([&](const auto& y) { (searches.add_of_row(y), ...); });
-    (searches.add_candidates(), ...);
+    each([&](const auto& y) { (searches.add(y), ...); });
     share(team, searches...);
-    if ((searches.has_candidates() || ...)) __syncthreads();  // what a block keeps to itself, nothing waits for
     settle(team, searches...);
   }
 }

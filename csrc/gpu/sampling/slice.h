@@ -121,6 +121,7 @@ template <class Reader>
 class Slice {
  public:
   // kept: elements_of_block() values of shared memory.
+  template <class Team>
   __device__ Slice(const Team& team, const Reader& reader, int vocab, float* kept) : reader_(reader), kept_(kept) {
     const int elements = elements_of_block(vocab, team.size());
     first_ = min(elements * team.rank(), vocab);

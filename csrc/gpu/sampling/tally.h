@@ -19,6 +19,7 @@ __device__ inline uint64_t join(uint32_t low, uint32_t high) { return uint64_t(h
 // once, by all threads: note(), share(), then of(team).
 
 // The largest of some keys, all of them above 0.
+template <class Team>
 class LargestKey {
  public:
   __device__ void open(const Team& team) { inbox_.open(team); }
@@ -32,26 +33,26 @@ class LargestKey {
     inbox_.wait(team, 0);
     uint32_t key = 0;
 #pragma unroll
-    for (int block = 0; block < kMaxTeam; ++block) {
+    for (int block = 0; block < Team::kMostBlocks; ++block) {
       if (block < team.size()) key = max(key, inbox_.from(block, 0));
     }
     return key;
   }
 
  private:
-  Inbox<uint32_t, 1> inbox_;
+  Inbox<Team, uint32_t, 1> inbox_;
   uint32_t of_block_;
 };
 
 // The largest value of the row, whatever its sign.
+template <class Team>
 class Largest {
  public:
   __device__ void open(const Team& team) { key_.open(team); }
   __device__ void note(float of_thread) {
-    const float value = max_of_warp(of_thread);
-    if (lane() != 0) return;
-    const uint32_t bits = __float_as_uint(value);
-    key_.note(bits >> 31 != 0 ? ~bits : bits | 0x80000000u);  // in the order of the values
+    const uint32_t bits = __float_as_uint(of_thread);
+    const uint32_t key = largest_of_lanes(bits >> 31 != 0 ? ~bits : bits | 0x80000000u);  // in the order of the values
+    if (lane() == 0) key_.note(key);
   }
   __device__ void send(const Team& team) { key_.send(team); }
   __device__ float of(const Team& team) const {
@@ -60,10 +61,11 @@ class Largest {
   }
 
  private:
-  LargestKey key_;
+  LargestKey<Team> key_;
 };
 
 // A sum over the row.
+template <class Team>
 class Total {
  public:
   __device__ void open(const Team& team) { inbox_.open(team); }
@@ -86,7 +88,7 @@ class Total {
     inbox_.wait(team, 0);
     Sums sums;
 #pragma unroll
-    for (int block = 0; block < kMaxTeam; ++block) {
+    for (int block = 0; block < Team::kMostBlocks; ++block) {
       if (block >= team.size()) continue;
       const uint64_t sum = inbox_.from(block, 0);
       sums.all += sum;
@@ -100,13 +102,13 @@ class Total {
   __device__ uint64_t of_warp(int of) const { return of_warps_[of]; }
 
  private:
-  Inbox<uint64_t, 1> inbox_;
+  Inbox<Team, uint64_t, 1> inbox_;
   uint64_t of_warps_[kMaxWarps];
   uint32_t low_, high_;
 };
 
 // By all threads, after the team has met and they have noted what is shared: what each block has goes to all.
-template <class... Shared>
+template <class Team, class... Shared>
 __device__ inline void share(const Team& team, Shared&... shared) {
   __syncthreads();
   (shared.send(team), ...);

@@ -5,8 +5,9 @@
 
 namespace fusedcomm::gpu::sampling {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxWarps = kMaxThreads / kWarpSize;
+constexpr int kThreads = 512;  // of a block of several, at most; where a row has but one, it has twice as many
+constexpr int kMaxThreads = kHasClusters ? kThreads : 2 * kThreads;
+constexpr int kMaxWarps = 2 * kThreads / kWarpSize;  // for the host, too, which does not know for what it allocates
 
 __device__ inline int lane() { return int(threadIdx.x) % kWarpSize; }
 __device__ inline int warp() { return int(threadIdx.x) / kWarpSize; }
@@ -16,9 +17,14 @@ __device__ inline int num_warps() { return int(blockDim.x) / kWarpSize; }
 
 template <class V>
 __device__ inline V sum_of_warp(V v) {
-#pragma unroll
-  for (int mask = 1; mask < kWarpSize; mask *= 2) v += shuffle_xor(v, mask);
-  return v;
+  if constexpr (kReducesLanes && sizeof(V) > sizeof(uint32_t)) {
+    constexpr int kBits = 26;  // of which the sum has 32 at most
+    constexpr uint32_t kMask = (1u << kBits) - 1;
+    const uint64_t low = sum_of_lanes(uint32_t(v) & kMask), middle = sum_of_lanes(uint32_t(v >> kBits) & kMask);
+    return low + (middle << kBits) + (uint64_t(sum_of_lanes(uint32_t(v >> 2 * kBits))) << 2 * kBits);
+  } else {
+    return sum_of_lanes(v);
+  }
 }
 
 // Of this lane and all before it.
@@ -32,20 +38,10 @@ __device__ inline V sum_up_to_lane(V v) {
   return v;
 }
 
-template <class V>
-__device__ inline V max_of_warp(V v) {
-#pragma unroll
-  for (int mask = 1; mask < kWarpSize; mask *= 2) {
-    const V other = shuffle_xor(v, mask);
-    v = other > v ? other : v;
-  }
-  return v;
-}
-
 // ---- of a team ----
 
 // A value of each slot from every block of the team. A block leaves only when it has all that it is sent.
-template <class V, int kSlots>
+template <class Team, class V, int kSlots>
 class Inbox {
  public:
   // By one thread, before the team meets.
@@ -54,10 +50,6 @@ class Inbox {
     expect(team);
   }
 
-  // By a warp, for this block alone.
-  __device__ void keep(const Team& team, int slot, V v) {
-    if (lane() == 0) slots_[team.rank()][slot] = v;
-  }
   // By a warp; v is the same in all of its lanes.
   __device__ void send(const Team& team, int slot, V v) {
     if (lane() < team.size()) team.send(&slots_[team.rank()][slot], v, &signal_, lane());
@@ -66,7 +58,7 @@ class Inbox {
   __device__ void send_lanes(const Team& team, V v) {
     static_assert(kSlots == kWarpSize, "a slot a lane");
 #pragma unroll
-    for (int block = 0; block < kMaxTeam; ++block) {
+    for (int block = 0; block < Team::kMostBlocks; ++block) {
       if (block < team.size()) team.send(&slots_[team.rank()][lane()], v, &signal_, block);
     }
   }
@@ -82,7 +74,7 @@ class Inbox {
   __device__ V from(int block, int slot) const { return slots_[block][slot]; }
 
  private:
-  V slots_[kMaxTeam][kSlots];
+  V slots_[Team::kMostBlocks][kSlots];
   Signal signal_;
 };
 

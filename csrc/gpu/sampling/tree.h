@@ -22,8 +22,9 @@ struct Path {
   int last, accepted;
 };
 
+template <class Team>
 struct alignas(16) TreeMemory {
-  ResidualMemory residual;
+  ResidualMemory<Team> residual;
   Path path;
 
   __device__ void open(const Team& team) { residual.open(team); }
@@ -103,6 +104,7 @@ class Tree {
 // By one thread of each block. The blocks of a team write what is theirs: the first one the path, each the draft
 // probabilities of its part of the row, which it reads afterwards. It visits no more than the D - 1 nodes that a tree
 // has below its root, so it ends whatever the links are.
+template <class Team>
 __device__ inline Path walk(const Team& team, const TreeArguments& a, const Tree& tree, int64_t row, int first_token,
                             int end_token) {
   const bool writes = team.rank() == 0;
@@ -133,31 +135,43 @@ __device__ inline Path walk(const Team& team, const TreeArguments& a, const Tree
   return path;
 }
 
-// Writes to predicts, which is -1 everywhere before. has_room: the nodes fit where the slice goes after the walk.
-__device__ inline void verify_tree(const TreeArguments& a, bool has_room) {
-  const Team team;
-  TreeMemory& memory = prepare<TreeMemory>(team);
-  const int64_t row = team.row();
-  Tree tree(a, row, reinterpret_cast<Node*>(room_for_slice(memory)), has_room);
-  tree.load();
-  if (threadIdx.x == 0) {
-    const int elements = elements_of_block(a.vocab, team.size());
-    memory.path = walk(team, a, tree, row, elements * team.rank(), elements * (team.rank() + 1));
-  }
-  __syncthreads();
-  const Path path = memory.path;
-  if (team.rank() == 0) {
-    for (int i = int(threadIdx.x); i < a.path_size; i += int(blockDim.x)) {
-      if (i > path.accepted) a.accept_index[row * a.path_size + i] = -1;
+// Writes to predicts, which is -1 everywhere before.
+struct VerifyTree {
+  static constexpr int kBlocksOfSm = 2;
+  struct Arguments {
+    TreeArguments tree;
+    bool has_room;  // for the nodes, where the slice goes after the walk
+  };
+  template <class Team>
+  using Memory = TreeMemory<Team>;
+
+  template <class Team>
+  __device__ static void run(const Arguments& given) {
+    const TreeArguments& a = given.tree;
+    const Team team;
+    Memory<Team>& memory = prepare<Memory<Team>>(team);
+    const int64_t row = team.row();
+    Tree tree(a, row, reinterpret_cast<Node*>(room_for_slice(memory)), given.has_room);
+    tree.load();
+    if (threadIdx.x == 0) {
+      const int elements = elements_of_block(a.vocab, team.size());
+      memory.path = walk(team, a, tree, row, elements * team.rank(), elements * (team.rank() + 1));
     }
-    if (threadIdx.x == 0) a.accept_token_num[row] = path.accepted;
+    __syncthreads();
+    const Path path = memory.path;
+    if (team.rank() == 0) {
+      for (int i = int(threadIdx.x); i < a.path_size; i += int(blockDim.x)) {
+        if (i > path.accepted) a.accept_index[row * a.path_size + i] = -1;
+      }
+      if (threadIdx.x == 0) a.accept_token_num[row] = path.accepted;
+    }
+    const int64_t position = a.retrive_index[row * a.size + path.last];
+    const float* const draft = path.accepted == a.path_size - 1 ? nullptr : tree.draft(path.last);
+    Slice slice(team, Difference(tree.target(path.last), draft), a.vocab, room_for_slice(memory));
+    draw_residual(team, memory.residual, slice, a.final_uniforms[row], [&](int token) {
+      if (is_inside(position, a.num_positions)) a.predicts[position] = token;
+    });
   }
-  const int64_t position = a.retrive_index[row * a.size + path.last];
-  const float* const draft = path.accepted == a.path_size - 1 ? nullptr : tree.draft(path.last);
-  Slice slice(team, Difference(tree.target(path.last), draft), a.vocab, room_for_slice(memory));
-  draw_residual(team, memory.residual, slice, a.final_uniforms[row], [&](int token) {
-    if (is_inside(position, a.num_positions)) a.predicts[position] = token;
-  });
-}
+};
 
 }  // namespace fusedcomm::gpu::sampling

@@ -7,24 +7,9 @@ namespace fusedcomm::gpu::sampling {
 
 namespace {
 
-__global__ void __launch_bounds__(kMaxThreads)
-    chain_speculative_sampling_kernel(const __grid_constant__ ChainArguments arguments) {
-  verify_chain(arguments);
-}
-
-__global__ void __launch_bounds__(kMaxThreads)
-    dflash_chain_verify_kernel(const __grid_constant__ BlockArguments arguments) {
-  verify_block(arguments);
-}
-
 __global__ void __launch_bounds__(kGreedyThreads)
     greedy_chain_verify_kernel(const __grid_constant__ GreedyArguments arguments) {
   verify_greedily(arguments);
-}
-
-__global__ void __launch_bounds__(kMaxThreads)
-    tree_speculative_sampling_kernel(const __grid_constant__ TreeArguments arguments, bool has_room) {
-  verify_tree(arguments, has_room);
 }
 
 constexpr int kMostNodes = 1024;  // whose room is less than that of a slice, or little more
@@ -32,13 +17,11 @@ constexpr int kMostNodes = 1024;  // whose room is less than that of a slice, or
 }  // namespace
 
 int chain_speculative_sampling(const ChainArguments& arguments, int device, void* stream) {
-  return launch_rows<ResidualMemory, chain_speculative_sampling_kernel>(arguments.batch, arguments.vocab, 0, device,
-                                                                        stream, arguments);
+  return launch_rows<VerifyChain>(arguments, arguments.batch, arguments.vocab, device, stream);
 }
 
 int dflash_chain_verify(const BlockArguments& arguments, int device, void* stream) {
-  return launch_rows<ResidualMemory, dflash_chain_verify_kernel>(arguments.batch, arguments.vocab, 0, device, stream,
-                                                                 arguments);
+  return launch_rows<VerifyBlock>(arguments, arguments.batch, arguments.vocab, device, stream);
 }
 
 int greedy_chain_verify(const GreedyArguments& arguments, int device, void* stream) {
@@ -58,9 +41,8 @@ int tree_speculative_sampling(const TreeArguments& arguments, int device, void* 
       arguments.predicts, 0xff, size_t(arguments.num_positions) * sizeof(int32_t), static_cast<Stream>(stream));
   if (status != kOk) return status;
   const bool has_room = arguments.size <= kMostNodes;
-  return launch_rows<TreeMemory, tree_speculative_sampling_kernel>(arguments.batch, arguments.vocab,
-                                                                   has_room ? bytes_of_nodes(arguments.size) : 0,
-                                                                   device, stream, arguments, has_room);
+  return launch_rows<VerifyTree>({arguments, has_room}, arguments.batch, arguments.vocab, device, stream,
+                                 has_room ? bytes_of_nodes(arguments.size) : 0);
 }
 
 }  // namespace fusedcomm::gpu::sampling

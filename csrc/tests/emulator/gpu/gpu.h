@@ -119,6 +119,16 @@ template <class V>
 V shuffle(V v, int lane) {
   return from_lane(v, lane);
 }
+constexpr bool kReducesLanes = kWarpSize == 32;
+template <class V>
+V sum_of_lanes(V v) {
+  for (int mask = 1; mask < kWarpSize; mask *= 2) v += shuffle_xor(v, mask);
+  return v;
+}
+inline uint32_t largest_of_lanes(uint32_t v) {
+  for (int mask = 1; mask < kWarpSize; mask *= 2) v = std::max(v, shuffle_xor(v, mask));
+  return v;
+}
 inline uint64_t ballot(bool holds) { return machine().vote(holds); }
 inline int first_lane(uint64_t lanes) { return __builtin_ctzll(lanes); }
 
@@ -183,6 +193,11 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream, c
 
 inline int largest_shared_memory(const emulatedProperties& p) { return p.shared_bytes; }
 inline Status allow_shared_memory(const void*, int) { return kOk; }
+inline Status allow_large_clusters(const void*) { return kOk; }
+// As of a GPU of 128 multiprocessors.
+inline int clusters_at_once(const void*, int, int shared_bytes, int blocks) {
+  return (2 * shared_bytes > emulator::kMaxSharedBytes ? 128 : 256) / blocks;
+}
 inline bool can_overlap(const emulatedProperties&) { return true; }
 inline bool has_clusters(const emulatedProperties& p) { return p.has_clusters; }
 

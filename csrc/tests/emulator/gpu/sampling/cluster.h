@@ -5,10 +5,11 @@
 
 namespace fusedcomm::gpu::sampling {
 
+constexpr int kFewBlocks = 8, kManyBlocks = 16;
+
 #if EMULATED_CLUSTERS
 
 constexpr bool kHasClusters = true;
-constexpr int kMaxTeam = 8;
 
 struct Signal {
   uint64_t word;
@@ -18,8 +19,12 @@ struct Signal {
   void wait(uint32_t phase) const { machine().wait(this, phase); }
 };
 
-class Team {
+template <int kMost>
+class TeamOf {
  public:
+  static constexpr int kMostBlocks = kMost;
+  static constexpr bool kIsServed = true;
+
   int64_t row() const { return machine().cluster(); }
   int rank() const { return machine().rank(); }
   int size() const { return machine().size(); }
@@ -48,7 +53,6 @@ class Team {
 #else
 
 constexpr bool kHasClusters = false;
-constexpr int kMaxTeam = 1;
 
 struct Signal {
   void init() {}
@@ -56,8 +60,12 @@ struct Signal {
   void wait(uint32_t) const {}
 };
 
-class Team {
+template <int kMost>
+class TeamOf {
  public:
+  static constexpr int kMostBlocks = 1;
+  static constexpr bool kIsServed = kMost == kFewBlocks;
+
   int64_t row() const { return blockIdx.x; }
   int rank() const { return 0; }
   int size() const { return 1; }
@@ -73,5 +81,8 @@ class Team {
 };
 
 #endif
+
+using NarrowTeam = TeamOf<kFewBlocks>;
+using WideTeam = TeamOf<kManyBlocks>;
 
 }  // namespace fusedcomm::gpu::sampling
