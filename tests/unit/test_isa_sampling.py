@@ -124,10 +124,11 @@ def complete(kernels: list[Kernel], has_clusters: bool) -> list[Kernel]:
 # Bytes of stack, and of stores and loads: a few words that live through a whole kernel (two searches and what was asked
 # for). All others have none.
 SPILLS = {
+    ("sm_90", "sample_joint"): (8, 8),
     ("sm_90", "sample_top_k_first"): (8, 32),
     ("sm_90", "top_k_top_p_renorm"): (8, 8),
     ("sm_90", "top_p_renorm"): (8, 20),
-    ("sm_100", "sample_top_k_first"): (8, 8),
+    ("sm_100", "sample_top_k_first"): (8, 16),
 }
 LIGHT = {"sample", "min_p_renorm", "softmax_temperature"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -149,6 +150,15 @@ def test_filters_and_samplers(case: Case) -> None:
 def test_rounds_before_candidates_are_listed(case: Case, vocab: int) -> None:
     """Long rows of which much is left after a round, or after several."""
     filter_and_sample(*case, 1, vocab)
+
+
+def test_joint_thresholds_in_one_bin(case: Case) -> None:
+    """Both searches go on, each without a list of candidates."""
+    gpu, rng = case
+    for kind, (k, p) in itertools.product(("tied", "equal"), ((1, 0.0), (1, 1e-6), (2, 0.9))):
+        probs = sampling_bodies.rows(kind, 2, int(rng.choice([3, 17, 61, 300])), int(rng.integers(1000)))
+        u, out = sampling_bodies.uniforms(2, int(rng.integers(1000))), torch.full((2,), -7, dtype=torch.int32)
+        check(gpu, sampling, "top_k_top_p_sampling_from_probs_out", probs, None, None, k, None, p, u, True, out)
 
 
 def test_slices_as_long_as_masses_add_up() -> None:

@@ -163,6 +163,7 @@ __device__ inline void keep_higher(Search<Team, Counts>& search_k, Search<Team, 
   } else if (!search_k.is_done() && !search_p.is_done()) {
     search_k.may_not_list();
     search_p.may_not_list();
+    __syncthreads();
   }
 }
 

@@ -38,17 +38,15 @@ __device__ inline float unit_of(float largest) {
 }
 
 // q = rint(y * 2^44), at least 1 if y is above 0. From 2^-20 on that is the mantissa, shifted; what is not below 2 has
-// not been brought to its unit yet, and gives anything.
+// not been brought to its unit yet, and gives anything. Both ways are gone at once: lanes would go one after the other.
 __device__ inline uint64_t mass_of(float y) {
   constexpr uint32_t kShifted = uint32_t(kExponentBias + kSmallestExponent) << kMantissaBits;
   constexpr uint32_t kImplicit = 1u << kMantissaBits;
   const uint32_t bits = __float_as_uint(y);
-  if (bits >= kShifted) {
-    const uint32_t shift = (bits >> kMantissaBits) - uint32_t(kExponentBias + kSmallestExponent - 1);
-    return uint64_t((bits & (kImplicit - 1)) | kImplicit) << (shift < 31 ? shift : 31);
-  }
-  const uint32_t q = round_to_integer(y * 0x1p44f);
-  return y > 0.0f && q == 0 ? 1 : q;
+  const uint32_t shift = (bits >> kMantissaBits) - uint32_t(kExponentBias + kSmallestExponent - 1);
+  const uint64_t shifted = uint64_t((bits & (kImplicit - 1)) | kImplicit) << (shift < 31 ? shift : 31);
+  const uint32_t q = round_to_integer(smaller(y, 0x1p-20f) * 0x1p44f), least = uint32_t(y > 0.0f);
+  return bits >= kShifted ? shifted : uint64_t(q > least ? q : least);
 }
 
 struct MassOf {

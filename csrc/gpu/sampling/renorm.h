@@ -205,11 +205,12 @@ struct TopKTopPRenorm {
     Memory<Team>& memory = prepare<Memory<Team>>(team);
     const int64_t row = team.row();
     Slice slice(team, RowReader<T, Probability>(a.rows, row), a.rows.vocab, room_for_slice(memory));
+    const uint64_t aim = goal(at(a.top_p, row), 1.0f);
     Search<Team, Counts> search_k(team, memory.top_k.counts);
     search_top_k(team, memory.top_k, slice, search_k, at(a.top_k, row, a.rows.vocab), true);
     const Filter by_k(search_k.threshold(), divisor(mass_of_kept(team, memory.top_k, slice, search_k)));
     Search<Team, Masses> search_p(team, memory.masses);
-    search_p.aim_at(goal(at(a.top_p, row), 1.0f));
+    search_p.aim_at(aim);
     search_of_kept(team, memory.top_k.candidates, slice, by_k, search_k, search_p);
     const Filter by_p(search_p.threshold(), divisor(search_p.reached()));
     slice.write(a.out + row * a.rows.vocab, [&](const auto& y, int) { return by_p(by_k(y)); });

@@ -84,9 +84,11 @@ class Search {
     room_ = &room;
     lists_if_done_ = even_if_done;
   }
+  // A round of the row follows instead, if one of candidates was to; behind a barrier.
   __device__ void may_not_list() {
     room_ = nullptr;
     has_few_ = false;
+    clear_bins();
   }
   __device__ Candidates<Team>& room() const { return *room_; }
   // All values that are left are in the list.
@@ -104,8 +106,10 @@ class Search {
     return reinterpret_cast<float*>(&memory_.bins);
   }
   __device__ void clear_bins() { clear(memory_.bins); }
+  // For a round of the row; of candidates, it clears them itself.
+  __device__ bool needs_bins() const { return !is_done() && !wants_candidates(); }
 
-  // The rest of the search, where the candidates are listed. By all threads, with clear bins.
+  // The rest of the search, where the candidates are listed. By all threads.
   __device__ void finish_among_candidates() {
     if (!has_candidates() || has_sorted_) return;
     if (list_->size() > kMostSorted) {
@@ -221,6 +225,8 @@ class Search {
 
   // As a round of the row is, but for other blocks.
   __device__ void round_of_candidates() {
+    clear_bins();
+    __syncthreads();
     for (int i = int(threadIdx.x); i < list_->size(); i += int(blockDim.x)) add(Values<1>{(*list_)[i]});
     __syncthreads();
     for (int group = warp(); group < kGroups; group += num_warps()) {
@@ -232,9 +238,7 @@ class Search {
       locate(lane() < kGroups ? memory_.own_groups[lane()] : 0, [](uint64_t of_bin) { return of_bin; });
     }
     __syncthreads();
-    clear_bins();
     advance();
-    __syncthreads();
   }
 
   // By a warp, among num values, from the largest down. A lane has some that follow each other.
@@ -336,7 +340,9 @@ __device__ inline void settle(const Team& team, Searches&... searches) {
   int next = 0;
   (((warp() == next++ % num_warps() && !searches.is_done()) ? searches.locate(team) : void()), ...);
   __syncthreads();
-  ((searches.is_done() ? void() : (searches.clear_bins(), searches.advance())), ...);
+  ((searches.is_done() ? void() : searches.advance()), ...);
+  if (!(searches.needs_bins() || ...)) return;
+  (searches.clear_bins(), ...);
   __syncthreads();
 }
 
@@ -364,9 +370,8 @@ __device__ inline void gather(const Team& team, const Each& each, Search<Team, B
     }
   });
   list.exchange(team, own);
-  search.clear_bins();
-  search.look_at(list);
   __syncthreads();
+  search.look_at(list);
 }
 
 // Rounds until all of them are done. each(f) calls f(values) for all values of the slice.
