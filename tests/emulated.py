@@ -125,7 +125,10 @@ def _pointers(*tensors: torch.Tensor) -> tuple[int, ...]:
 
 
 class Schedule(NamedTuple):
-    """How a launch runs: the order of its threads, and the blocks and threads of a row; 0: by the launch's own rule."""
+    """How a launch runs: the order of its threads, and the blocks and threads of a row; 0: by the launch's own rule.
+
+    With an even seed what blocks send to each other arrives only once no thread can go on without it.
+    """
 
     seed: int = 1
     accesses_between_switches: int = 0
@@ -163,6 +166,13 @@ class EmulatedGpu:
         errors = self._library.emulated_errors().decode()
         if status != 0 or errors:
             raise FoundError(f"{entry} with {self.schedule}: status {status}\n{errors}")
+
+    def layout(self, rows: int, vocab: int, narrow_bytes: int, wide_bytes: int) -> tuple[int, ...]:
+        """Blocks of a row, threads and bytes of shared memory of a block, by the launch's own rule."""
+        self._library.emulated_reset(c_uint64(0), c_int32(0), c_int32(0), c_int32(0))
+        found = (c_int32 * 3)()
+        self._library.emulated_layout(c_int64(rows), c_int32(vocab), c_int64(narrow_bytes), c_int64(wide_bytes), found)
+        return tuple(found)
 
     def top_k_renorm_probs_out(self, probs: Any, indices: Any, top_k: Any, top_k_value: int, out: torch.Tensor) -> None:
         limit = Limit(_integers(top_k), top_k_value)

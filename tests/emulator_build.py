@@ -101,7 +101,7 @@ def _make_library(folder: Path, machine: Path, gpu: Gpu, fault: Fault | None) ->
         gpu_is = [f"-DEMULATED_WARP_SIZE={gpu.warp_size}", f"-DEMULATED_CLUSTERS={int(gpu.has_clusters)}"]
         # the host's part is as it is; the runtime of the sanitizer is the machine's, and not linked
         options = {path: ["-O1", "-fsanitize=thread", *gpu_is] for path in kernels.glob("*.cu")}
-        options[kernels / "launch.cu"] = ["-O2", *gpu_is]
+        options |= {path: ["-O2", *gpu_is] for path in (kernels / "launch.cu", EMULATOR / "gpu/layout.cpp")}
         _compile(scratch, options, [scratch, ROOT / "csrc"])
         objects = [str(path) for where in (scratch, machine) for path in sorted(where.glob("*.o"))]
         _run([str(compiler()), "-shared", "-Wl,--no-undefined", "-o", str(folder / LIBRARY), *objects])

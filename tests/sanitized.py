@@ -57,6 +57,10 @@ def local() -> None:
     findings.settle()
 
 
+def joint_sampling(probs: torch.Tensor, k: int, p: float, uniforms: torch.Tensor) -> torch.Tensor:
+    return sampling_ops.top_k_top_p_sampling_from_probs(probs, k, p, uniforms, order="joint")
+
+
 def sampling() -> None:
     """Sampling and verification of rows that one block has and of rows that several share, as the CPU has them."""
     assert sampling_backend("cuda") == sampling_backend("cpu") == "native"
@@ -82,6 +86,8 @@ def sampling() -> None:
             compare(sampling_ops.softmax_temperature, probs, 0.0)
             compare(sampling_ops.sampling_from_probs, probs, u)
             compare(sampling_ops.top_k_top_p_sampling_from_probs, probs, 30, 0.8, u)
+            compare(joint_sampling, probs, 30, 0.8, u)
+            sampling_ops.softmax_temperature(probs.cuda(), 0.8)  # whose bits depend on its backend's exp
         tree = random_trees(seed, count, 5, vocab)
         candidates, target, u, final = tree.candidates, tree.target_probs, tree.uniform_samples, u
         compare(speculative.chain_speculative_sampling, target[:, 1:], candidates[:, 1:], target, u[:, 1:], final)

@@ -66,5 +66,6 @@ STABLE_TORCH_LIBRARY_IMPL(fusedcomm, CUDA, m) { implement_sampling<GpuSampling>(
 // For measurements: blocks that share a row, and their threads, on a device from now on; 0: by the rule.
 extern "C" __attribute__((visibility("default"))) void fusedcomm_gpu_set_sampling_team(int32_t device, int32_t blocks,
                                                                                        int32_t threads) {
+  const fusedcomm::gpu::DeviceGuard guard(device);
   fusedcomm::gpu::sampling::set_team(device, blocks, threads);
 }

@@ -405,6 +405,12 @@ inline uint64_t ticks_per_second(int device) {
 
 #else
 
+// Of a call whose error is the caller's to tell: it does not stay for the next one to find.
+inline Status told(Status status) {
+  if (status != cudaSuccess) (void)cudaGetLastError();
+  return status;
+}
+
 // What the next work of a stream that is being captured depends on.
 struct CapturedTail {
   unsigned long long capture = 0;  // 0: nothing is being captured
@@ -454,7 +460,7 @@ Status launch(void (*kernel)(Parameters...), const LaunchShape& shape, Stream st
     attributes[config.numAttrs++].val.clusterDim.z = 1;
   }
   config.attrs = attributes;
-  const Status status = cudaLaunchKernelEx(&config, kernel, arguments...);
+  const Status status = told(cudaLaunchKernelEx(&config, kernel, arguments...));
   if (ahead.capture != 0) last_captured = captured_tail(stream);
   return status;
 }
@@ -471,12 +477,12 @@ inline bool can_overlap(const cudaDeviceProp& p) { return p.major >= 9; }
 inline int largest_shared_memory(const cudaDeviceProp& p) { return int(p.sharedMemPerBlockOptin); }
 // On the current device, once for a kernel that takes more than 48 KiB.
 inline Status allow_shared_memory(const void* kernel, int bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  return told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 inline bool has_clusters(const cudaDeviceProp& p) { return p.major >= 9; }
 // Of more than 8 blocks, which not every GPU has. On the current device, once for a kernel.
 inline Status allow_large_clusters(const void* kernel) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  return told(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
 // 0: the current device has none so large.
 inline int clusters_at_once(const void* kernel, int threads, int shared_bytes, int blocks) {
@@ -491,9 +497,7 @@ inline int clusters_at_once(const void* kernel, int threads, int shared_bytes, i
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess) return clusters;
-  (void)cudaGetLastError();
-  return 0;
+  return told(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) == cudaSuccess ? clusters : 0;
 }
 inline std::string architecture(const cudaDeviceProp& p) { return "sm_" + std::to_string(p.major * 10 + p.minor); }
 

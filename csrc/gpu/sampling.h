@@ -34,8 +34,8 @@ int greedy_chain_verify(const GreedyArguments& arguments, int device, void* stre
 int tree_speculative_sampling(const TreeArguments& arguments, int device, void* stream);
 
 // For measurements: blocks that share a row, and their threads, on a device from now on; 0: by the rule. An even number
-// of warps for slices of more than 16,384 elements; so few blocks that they could not keep a row, and more than 16,
-// are not taken.
+// of warps for slices of more than 16,384 elements; so few blocks that they could not keep a row, more than 16, and
+// more than 512 threads are not taken.
 void set_team(int device, int blocks, int threads);
 
 }  // namespace fusedcomm::gpu::sampling

@@ -188,6 +188,23 @@ def test_softmax(case: Case, dtype: torch.dtype) -> None:
     assert ((out.double() - want).abs() <= tolerance).all(), gpu.schedule
 
 
+def test_layouts() -> None:
+    """Every row is kept, in blocks that find room; few long rows are shared by 16."""
+    gpu = EmulatedGpu(built("sm_90"))
+    vocabs = (1, 2, 1000, 4096, 32_768, 50_257, 98_304, 128_256, 151_936, 262_144)
+    for rows, vocab, needs in itertools.product(
+        (1, 7, 8, 9, 16, 33, 64, 256, 1024), vocabs, ((300, 600), (36_000, 48_000))
+    ):
+        blocks, threads, shared = gpu.layout(rows, vocab, *needs)
+        elements = -(-vocab // blocks)
+        assert blocks in (1, 2, 4, 8, 16)
+        assert threads in range(64, 513, 32)
+        assert 4 * elements + needs[blocks == 16] <= shared <= 227 << 10
+        assert elements <= 1 << 15
+        assert blocks < 16 or (rows <= 8 and vocab >= 98_304)
+    assert [gpu.layout(rows, 128_256, 300, 600)[0] for rows in (1, 8, 9, 1024)] == [16, 16, 8, 8]
+
+
 # ---- verification ----
 
 

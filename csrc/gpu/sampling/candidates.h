@@ -30,7 +30,6 @@ class alignas(16) Candidates {
     if (team.is_alone()) {
       for (int i = int(threadIdx.x); i < num_own; i += int(blockDim.x)) values_[i] = own[i];
       if (threadIdx.x == 0) size_ = num_own;
-      __syncthreads();
       return;
     }
     if (warp() == 0) counts_.send(team, 0, uint32_t(num_own));

@@ -78,6 +78,7 @@ __device__ inline void draw_in_unit(const Team& team, DrawMemory<Team>& memory, 
                                     const Emit& emit) {
   const float unit = unit_of(largest);
   if (unit == 1.0f) return draw(team, memory.as_they_are, slice, MassOf(), u, emit);
+  (void)memory.as_they_are.of(team);  // no block leaves before it has what it is sent
   slice.bring_to(unit);
   (void)total_of(team, memory.in_unit, slice, MassOf());
   draw(team, memory.in_unit, slice, MassOf(), u, emit);
@@ -152,8 +153,8 @@ struct SampleTopKFirst {
   }
 };
 
-// The higher of the thresholds is what counts: once it is known which one it is, the other is not looked for. Until
-// then there is no list of candidates, which only one of them could have.
+// The higher of the thresholds is what counts: if it is known after the first round which one it is, the other is not
+// looked for. If not, neither has a list of candidates, for which there is room once.
 template <class Team>
 __device__ inline void keep_higher(Search<Team, Counts>& search_k, Search<Team, Masses>& search_p) {
   if (search_k.at_least() > search_p.at_most()) {

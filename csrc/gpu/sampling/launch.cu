@@ -18,13 +18,16 @@ int half_of(int shared_bytes) { return shared_bytes / 2 - 1024; }
 // What a GPU has at once depends on where its multiprocessors are: those of a cluster have to be neighbours.
 __global__ void nothing() {}
 
-void count_teams(Device& device) {
+Status count_teams(Device& device) {
   const void* const kernel = reinterpret_cast<const void*>(nothing);
-  if (allow_shared_memory(kernel, device.shared_bytes) != kOk || allow_large_clusters(kernel) != kOk) return;
-  for (int i = 0; i < kTeamSizes; ++i) {
+  Status status = allow_shared_memory(kernel, device.shared_bytes);
+  if (status == kOk) status = allow_large_clusters(kernel);
+  if (status != kOk) return status;
+  for (int i = 1; i < kTeamSizes; ++i) {
     device.teams_apart[i] = clusters_at_once(kernel, kThreads, device.shared_bytes, 1 << i);
     device.teams_in_pairs[i] = clusters_at_once(kernel, kThreads, half_of(device.shared_bytes), 1 << i);
   }
+  return kOk;
 }
 
 }  // namespace
@@ -36,10 +39,11 @@ Device* device_of(int index) {
   std::call_once(once[index], [index] {
     FUSEDCOMM_PROPERTIES p;
     if (FUSEDCOMM_RT(GetDeviceProperties)(&p, index) != kOk) return;
-    known[index].shared_bytes = largest_shared_memory(p);
-    known[index].overlaps = can_overlap(p);
-    known[index].has_clusters = has_clusters(p);
-    if (known[index].has_clusters) count_teams(known[index]);
+    Device device;
+    device.shared_bytes = largest_shared_memory(p);
+    device.overlaps = can_overlap(p);
+    device.has_clusters = has_clusters(p);
+    if (!device.has_clusters || count_teams(device) == kOk) known[index] = device;
   });
   return known[index].shared_bytes > 0 ? &known[index] : nullptr;
 }
@@ -83,7 +87,7 @@ Layout layout_of(const Device& device, int64_t rows, int32_t vocab, const Needs&
   }
   const int wanted = elements_of_block(vocab, layout.blocks) / kElementsOfThread;
   layout.threads = std::clamp((wanted + kWarpSize - 1) / kWarpSize * kWarpSize, 2 * kWarpSize, kThreads);
-  if (device.threads > 0) layout.threads = device.threads;
+  if (device.threads > 0 && device.threads <= kThreads) layout.threads = device.threads;
   layout.shared_bytes = int(bytes(layout.blocks));
   return layout;
 }

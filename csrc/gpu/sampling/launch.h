@@ -7,6 +7,7 @@ namespace fusedcomm::gpu::sampling {
 
 constexpr int kMaxDevices = 64;
 constexpr int kTeamSizes = 5;  // 1, 2, 4 … blocks
+static_assert(1 << (kTeamSizes - 1) == kManyBlocks);
 
 struct Device {
   int shared_bytes = 0;  // that a block can have

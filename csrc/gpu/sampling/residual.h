@@ -86,6 +86,7 @@ __device__ inline void draw_residual(const Team& team, ResidualMemory<Team>& mem
   if (largest > 0.0f || !slice.reader().leaves_out()) {
     return draw_in_unit(team, memory.residual, slice, largest, u, emit);
   }
+  (void)memory.residual.as_they_are.of(team);  // no block leaves before it has what it is sent
   slice.reader().take_all();
   load_and_weigh(memory.target, slice);
   share(team, memory.target.largest, memory.target.as_they_are);

@@ -5,7 +5,7 @@
 
 namespace fusedcomm::gpu::sampling {
 
-constexpr int kThreads = 512;  // of a block of several, at most; where a row has but one, it has twice as many
+constexpr int kThreads = 512;  // of a block, at most; without clusters it has twice as many
 constexpr int kMaxThreads = kHasClusters ? kThreads : 2 * kThreads;
 constexpr int kMaxWarps = 2 * kThreads / kWarpSize;  // for the host, too, which does not know for what it allocates
 

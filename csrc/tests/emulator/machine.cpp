@@ -29,6 +29,7 @@ void Machine::fail(const std::string& what) {
 
 void Machine::reset(uint64_t seed, int accesses_between_switches) {
   random_.seed(seed);
+  delivers_late_ = seed % 2 == 0;
   accesses_between_switches_ = accesses_between_switches;
   ranges_.clear();
   errors_.clear();
@@ -107,8 +108,10 @@ Machine::Thread* Machine::next_thread() {
 void Machine::run_cluster() {
   while (num_live_ > 0 && num_errors_ < kMostErrors) {
     Thread* const thread = next_thread();
-    if (!messages_.empty() && (thread == nullptr || random_() % 8 == 0)) {
-      deliver_any();
+    if (!messages_.empty() && (thread == nullptr || (!delivers_late_ && random_() % 8 == 0))) {
+      do {
+        deliver_any();
+      } while (delivers_late_ && !messages_.empty() && random_() % 16 != 0);  // to look for a thread takes long
       continue;
     }
     if (thread == nullptr) {

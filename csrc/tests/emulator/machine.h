@@ -136,6 +136,7 @@ class Machine {
 
   std::mt19937_64 random_{1};
   int accesses_between_switches_ = 0;
+  bool delivers_late_ = false;  // what blocks send, only once no thread can go on
   std::vector<Range> ranges_;
   std::string errors_;
   int num_errors_ = 0;

@@ -72,7 +72,7 @@ void Machine::send(void* place, uint64_t value, int bytes, const void* signal, i
   if (!access_shared(block, offset, size_t(bytes), AccessKind::kWrite)) return;
   messages_.push_back({block, offset, memory().offset_of(signal), value, bytes, current_->known});
   ++current_->known[size_t(current_index())];
-  if (random_() % 2 == 0) deliver_any();
+  if (!delivers_late_ && random_() % 2 == 0) deliver_any();
   maybe_switch();
 }
 
